@@ -75,7 +75,7 @@ def _open_sound(path):
         elif Path(path).suffix.lower() in FOREIGN_SUFFIXES:
             cause = f'libsndfile does not read this format, convert it first: ffmpeg -i "{path}" "{Path(path).with_suffix(".flac")}"'
         else:
-            cause = f"cannot be read as audio ({getattr(error, 'error_string', error)})"
+            cause = "not sound in a format that libsndfile knows, or damaged"
         raise ValueError(f"{path}: {cause}") from error
 
 
@@ -514,7 +514,7 @@ def _clip(rng):
     name = tuple(STYLES)[rng.integers(len(STYLES))]
     style = STYLES[name]
     tonic, minor = int(rng.integers(12)), bool(rng.random() < style.minor)
-    tempo, tuning, tilt = rng.uniform(*style.tempo), rng.uniform(-30, 30), rng.uniform(-0.5, 0.4)
+    tempo, tuning, tilt = rng.uniform(*style.tempo), rng.uniform(-30, 30), rng.uniform(-0.3, 0.2)
     loudness = rng.uniform(-36, -18)  # dB of full scale, as root mean square
     sixteenth, bar = 15 / tempo, len(style.chord_rhythm)
     start = -rng.uniform(0, bar) * sixteenth  # the clip is cut out of a piece anywhere
@@ -539,11 +539,8 @@ def _clip(rng):
         "arpeggio": rng.random() < style.arpeggio,
         "drums": bool(style.kick) and rng.random() < 0.85,
     }
-    chord_instrument, melody_instrument = rng.choice(style.chords), rng.choice(style.melody)
     arpeggio_instrument = rng.choice(("piano", "harp", "square", "marimba"))
-    level = dict(zip(("chords", "bass", "melody", "arpeggio", "drums"), rng.uniform(0.5, 1, 5)))
-    register = 48 + 12 * int(rng.integers(2)) + int(rng.integers(-5, 6))  # where chords begin
-    melody_octave, arpeggio_octave = 12 * int(rng.integers(5, 7)), 12 * int(rng.integers(5, 7))
+    level = dict(zip(("chords", "bass", "melody", "arpeggio", "drums"), np.array([0.4, 1.6, 0.5, 0.3, 1.0]) * rng.uniform(0.7, 1.4, 5)))
     drums = {kind: _drum(kind, rng) for kind in ("kick", "snare", "hat")}
 
     scale, other = (MINOR, MAJOR) if minor else (MAJOR, MINOR)
@@ -552,6 +549,10 @@ def _clip(rng):
     half = bar // 2 if tempo < 90 and bar == 16 else bar  # a slow piece changes its chord twice a bar
     for number in range(int(10 / sixteenth / half) + 2 * bar // half):
         degree, begin = progression[(number + turn) % 4], number * half
+        if number == 0 or rng.random() < 0.5:  # the texture changes: other octaves, other players of the same style
+            bass_from, chords_from, arpeggio_from = 24 + rng.integers(24), 40 + rng.integers(32), 48 + rng.integers(36)
+            melody_tonic = tonic + 12 * int(rng.integers(4, 7))
+            chord_instrument, melody_instrument = rng.choice(style.chords), rng.choice(style.melody)
         borrowed = other if rng.random() < 0.1 else scale  # now and then a chord of the parallel key
         chord = [tonic + borrowed[(degree + third) % 7] for third in (0, 2, 4)]
         if minor and degree == 4 and rng.random() < 0.7:
@@ -564,15 +565,15 @@ def _clip(rng):
         steps = onsets(style.chord_rhythm) or [begin]
         for s in steps:
             for pitch in chord:
-                tone(level["chords"] * 0.5, s, length(steps, s), register + (pitch - register) % 12, chord_instrument)
+                tone(level["chords"], s, length(steps, s), chords_from + (pitch - chords_from) % 12, chord_instrument)
         steps = onsets(style.bass_rhythm) if has["bass"] else []
         for s in steps:
             pitch = chord[0] if s == steps[0] or rng.random() < 0.6 else chord[2]
-            tone(level["bass"], s, length(steps, s), 33 + (pitch - 33) % 12, "bass")
+            tone(level["bass"], s, length(steps, s), bass_from + (pitch - bass_from) % 12, "bass")
         for s in range(begin, begin + half) if has["arpeggio"] else ():
             if s % 2 == 0 or name == "trance":
                 pitch = chord[s % len(chord)]
-                tone(level["arpeggio"] * 0.4, s, 2, arpeggio_octave + (pitch - arpeggio_octave) % 12, arpeggio_instrument)
+                tone(level["arpeggio"], s, 2, arpeggio_from + (pitch - arpeggio_from) % 12, arpeggio_instrument)
         steps = [s for s in range(begin, begin + half, 2) if rng.random() < 0.55] if has["melody"] else []
         for s in steps:
             walk += int(rng.integers(-2, 3))
@@ -580,18 +581,18 @@ def _clip(rng):
             pitch = scale[walk % 7] + 12 * (walk // 7)
             if rng.random() < 0.35:  # land on the chord
                 pitch = min((c - tonic + 12 * o for c in chord for o in (-1, 0, 1)), key=lambda p: abs(p - pitch))
-            tone(level["melody"] * 0.7, s, length(steps, s), melody_octave + (tonic + 5) % 12 - 5 + pitch, melody_instrument)
+            tone(level["melody"], s, length(steps, s), melody_tonic + pitch, melody_instrument)
         for s in range(begin, begin + half) if has["drums"] else ():
             for kind in ("kick", "snare", "hat"):
                 rhythm = getattr(style, kind)
                 if rhythm and rhythm[s % bar] == "x":
-                    play(level["drums"] * 0.6, s, drums[kind])
+                    play(level["drums"], s, drums[kind])
 
-    hiss = rng.uniform(-60, -15)  # dB below the music
+    hiss = rng.uniform(-60, -25)  # dB below the music
     wave += rng.standard_normal(n) * np.sqrt(np.mean(wave**2)) * 10 ** (hiss / 20)
     wave *= 10 ** (loudness / 20) / np.sqrt(np.mean(wave**2))
 
-    fast, bright, loud = (tempo - 100) / 30, tilt / 0.26 + 0.2, (loudness + 27) / 5.2  # about -2 to 2
+    fast, bright, loud = (tempo - 100) / 30, (tilt + 0.05) / 0.145, (loudness + 27) / 5.2  # about -2 to 2
     arousal = np.tanh(0.5 * fast + 0.25 * bright + 0.25 * loud + 0.4 * has["drums"] - 0.2 + rng.normal(0, 0.25))
     valence = np.tanh(0.6 * (1 - 2 * minor) + 0.3 * fast + 0.2 * bright + rng.normal(0, 0.25))
     players = {chord_instrument} | ({melody_instrument} if has["melody"] else set())
@@ -599,8 +600,8 @@ def _clip(rng):
         **has,
         "fast": tempo > 120,
         "slow": tempo < 80,
-        "bright": tilt > 0.2,
-        "dark": tilt < -0.3,
+        "bright": tilt > 0.1,
+        "dark": tilt < -0.2,
         "minor": minor,
         "swing": style.swing > 0.15,
         "sustained": bool(players & {"strings", "organ", "saw", "brass", "flute", "clarinet"}),
@@ -608,7 +609,7 @@ def _clip(rng):
         "wind": bool(players & {"flute", "clarinet", "brass"}),
         "electronic": bool(players & {"saw", "square"}),
         "high": np.mean(highest) > 64,
-        "noisy": hiss > -30,
+        "noisy": hiss > -35,
     }
     labels = tonic + 12 * minor, tuple(STYLES).index(name), [float(tags[tag]) for tag in TAGS], (arousal, valence)
     return wave.astype(np.float32), labels
@@ -628,6 +629,20 @@ def synthesize(n_clips, seed, first=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def report(corpus):
+    """Say what is in a corpus, what was left out of it, and what to do with it next."""
+    hours = int(corpus.frames.sum()) * HOP / SAMPLE_RATE / 3600
+    print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
+    left_out = {kind: corpus.totals[kind] for kind in ("unreadable", "too short", "silent") if kind in corpus.totals}
+    if left_out:
+        print(f"left out: {', '.join(f'{count:,} {kind}' for kind, count in left_out.items())}; listed in {corpus.path / 'left_out.csv'}")
+        with open(corpus.path / "left_out.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
+            for row in islice(unreadable, 10):
+                print(f"  {row['file']!r} from {float(row['offset']):.1f} s on: {row['reason']}")
+    print(f"next: python train.py --data {corpus.path} --batch {min(256, len(corpus))}")
 
 
 def main():
