@@ -22,7 +22,7 @@ from torch.nn import functional as F
 MEL_BANDS, FRAMES = 128, 96  # of a segment
 PATCHES = {"square": (16, 16), "vertical": (128, 2)}  # mel bands x frames; both make N = 48 patches of P = 256 values
 SIZES = {  # width D, depth, heads, width of the feed-forward layer
-    "tiny": (192, 4, 3, 768),  # the demo; 2 M parameters
+    "tiny": (128, 3, 2, 512),  # the demo's, 0.7 M parameters
     "vit-s": (384, 12, 6, 1536),  # the paper's (section 3.4), 22 M
     "vit-b": (768, 12, 12, 3072),  # the paper's later version's, 85 M
 }

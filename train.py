@@ -32,7 +32,7 @@ from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_e
 from model import SIZES, Config, Myna, info_nce, keep_tokens, read_checkpoint, save_model, similarities
 
 N_TOKENS = 48  # of either patch shape
-DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
+DEMO = {"size": "tiny", "batch": 256, "steps": 700, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
 
 parser = argparse.ArgumentParser(description="Pre-train Myna. Every default is the paper's value.", allow_abbrev=False)
 parser.add_argument("--demo", action="store_true", help="the tiny model on the embedded music, minutes on two CPU cores")

@@ -1,0 +1,8 @@
+"""Tests import the stage files from the folder above and leave a core to their neighbours."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run several processes
+sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -1,0 +1,378 @@
+"""model.py against the definitions: loops and float64, the shapes of the released files, and files that are not models."""
+
+import math
+import os
+import pickle
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from model import PATCHES, SIZES, Config, Myna, info_nce, keep_tokens, load_model, patchify, save_model, sincos_2d, similarities, unpatchify
+
+GRIDS = {"square": (8, 6), "vertical": (1, 48)}
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny(patch="hybrid", seed=0, **settings):
+    torch.manual_seed(seed)
+    return Myna(Config("tiny", patch, **settings))
+
+
+def power(batch, seed=0):
+    """Something with the range of mel power: many orders of magnitude."""
+    return torch.randn(batch, 128, 96, generator=generator(seed)).mul(3).exp()
+
+
+# --- patches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_patchify_cuts_out_what_the_definition_says(patch):
+    mel = torch.randn(2, 128, 96)
+    height, width = PATCHES[patch]
+    patches = patchify(mel, patch)
+    assert patches.shape == (2, 48, 256)
+    n = 0
+    for row in range(128 // height):
+        for column in range(96 // width):
+            values = [mel[1, row * height + f, column * width + t] for f in range(height) for t in range(width)]
+            assert torch.equal(patches[1, n], torch.stack(values))
+            n += 1
+    assert torch.equal(unpatchify(patches, patch), mel)
+    assert torch.equal(patchify(unpatchify(patches, patch), patch), patches)
+    assert torch.equal(patchify(mel, PATCHES[patch]), patches)  # the shape itself works as well as its name
+
+
+@pytest.mark.parametrize("ratio, kept", [(0.9, 5), (0.0, 48), (0.5, 24), (0.75, 12), (0.97, 2)])
+def test_kept_tokens_are_distinct_and_every_one_equally_likely(ratio, kept):
+    tokens = keep_tokens(20_000, 48, ratio, generator(3))
+    assert tokens.shape == (20_000, kept) and tokens.dtype == torch.long
+    assert all(len(set(row)) == kept for row in tokens[:200].tolist())
+    counts = torch.bincount(tokens.flatten(), minlength=48).double()
+    expected = 20_000 * kept / 48
+    assert counts.sum() == 20_000 * kept
+    assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
+    if kept < 48:  # and every pair of them
+        both = torch.zeros(20_000, 48).scatter_(1, tokens, 1)
+        together = (both.T @ both)[~torch.eye(48, dtype=torch.bool)]
+        expected = 20_000 * kept * (kept - 1) / (48 * 47)
+        assert (together - expected).abs().max() < 6 * math.sqrt(expected)
+    assert torch.equal(tokens, keep_tokens(20_000, 48, ratio, generator(3)))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.5, -0.1])
+def test_a_mask_that_keeps_nothing_is_refused(ratio):
+    with pytest.raises(ValueError, match="mask ratio"):
+        keep_tokens(2, 48, ratio)
+
+
+def test_position_embedding_is_the_formula():
+    table = sincos_2d(8, 6, 192)
+    assert table.shape == (48, 192)
+    for y in range(8):
+        for x in range(6):
+            for i in range(48):
+                w = 10_000 ** -(i / 47)
+                row = table[y * 6 + x]
+                expected = [math.sin(x * w), math.cos(x * w), math.sin(y * w), math.cos(y * w)]
+                assert row[[i, 48 + i, 96 + i, 144 + i]].tolist() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(ValueError, match="multiple of 4"):
+        sincos_2d(8, 6, 190)
+
+
+# --- the encoder -----------------------------------------------------------------------------------------------------
+
+
+def slow_encoder(model, mel, patch, kept):
+    """One segment through the whole network, token by token and head by head, in float64."""
+    weights = {name: value.double() for name, value in model.state_dict().items()}
+
+    def norm(x, name):
+        x = x - x.mean()
+        return x / (x.square().mean() + 1e-5).sqrt() * weights[name + ".weight"] + weights[name + ".bias"]
+
+    def linear(x, name):
+        return weights[name + ".weight"] @ x + weights.get(name + ".bias", 0)
+
+    height, width = PATCHES[patch]
+    rows, columns = GRIDS[patch]
+    dim, depth, heads, _ = SIZES[model.config.size]
+    tokens = []
+    for n in kept:
+        y, x = divmod(n, columns)
+        values = mel[y * height : (y + 1) * height, x * width : (x + 1) * width].double().reshape(-1)
+        if model.config.log_mel:
+            values = (1 + values).log()
+        name = f"to_patch_embedding.{patch}"
+        token = norm(linear(norm(values, name + ".0"), name + ".1"), name + ".2")
+        tokens.append(token + sincos_2d(rows, columns, dim)[n].double())
+    for i in range(depth):
+        name = f"transformer.layers.{i}"
+        qkv = [linear(norm(t, f"{name}.0.norm"), f"{name}.0.to_qkv") for t in tokens]
+        size, added = dim // heads, []
+        for a in range(len(tokens)):
+            out = []
+            for h in range(heads):
+                part = lambda which: slice(which * dim + h * size, which * dim + (h + 1) * size)
+                scores = torch.stack([qkv[a][part(0)] @ qkv[b][part(1)] / math.sqrt(size) for b in range(len(tokens))])
+                share = scores.exp() / scores.exp().sum()
+                out.append(sum(share[b] * qkv[b][part(2)] for b in range(len(tokens))))
+            added.append(linear(torch.cat(out), f"{name}.0.to_out"))
+        tokens = [t + a for t, a in zip(tokens, added)]
+        for a, t in enumerate(tokens):
+            hidden = linear(norm(t, f"{name}.1.net.0"), f"{name}.1.net.1")
+            gelu = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
+            tokens[a] = t + linear(gelu, f"{name}.1.net.3")
+    return sum(norm(t, "transformer.norm") for t in tokens) / len(tokens)
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+@pytest.mark.parametrize("log_mel", [False, True])
+def test_encoder_is_the_definition(patch, log_mel):
+    model = tiny(log_mel=log_mel)
+    for parameter in model.parameters():  # norms and biases that are not ones and zeros
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator(5))
+    mel = power(2)
+    kept = keep_tokens(2, 48, 0.9, generator(1))
+    with torch.no_grad():
+        fast = model.encode(mel, patch, kept)
+        for row in range(2):
+            slow = slow_encoder(model, mel[row], patch, kept[row].tolist())
+            assert (fast[row] - slow).norm() / slow.norm() < 1e-5
+        everything = slow_encoder(model, mel[0], patch, range(48))
+    assert (model.embed(mel, patch)[0] - everything).norm() / everything.norm() < 1e-5
+
+
+@pytest.mark.parametrize("patch", PATCHES)
+def test_nothing_is_computed_for_a_dropped_token(patch):
+    model = tiny()
+    seen = set()
+    for module in model.modules():
+        if isinstance(module, (nn.LayerNorm, nn.Linear, nn.GELU)):
+            module.register_forward_hook(lambda module, inputs, output: seen.add(tuple(inputs[0].shape[:-1])))
+    kept = keep_tokens(3, 48, 0.9, generator(2))
+    mel = power(3)
+    z = model(mel, patch, kept=kept)
+    assert seen == {(3, 5), (3,)}  # five tokens a row everywhere, and the projector's mean of them
+    patches = patchify(mel, patch)
+    poisoned = torch.full_like(patches, torch.nan).scatter(1, kept[..., None].expand(-1, -1, 256), patches.gather(1, kept[..., None].expand(-1, -1, 256)))
+    assert torch.equal(model(unpatchify(poisoned, patch), patch, kept=kept), z)
+
+
+def test_forward_draws_a_new_mask_for_every_row_and_honours_the_ratio():
+    model = tiny("square")
+    mel = power(1).expand(8, -1, -1)
+    z = model(mel, "square", 0.9)
+    assert z.shape == (8, 128)
+    assert len({tuple(row.tolist()) for row in z}) == 8
+    full = model(mel, "square", 0.0)  # all tokens kept, in whatever order: the mean does not care
+    assert torch.allclose(full, full[:1].expand_as(full), atol=1e-5)
+
+
+def test_embed_takes_both_shapes_of_a_hybrid_model():
+    model, mel = tiny(), power(3)
+    both = model.embed(mel)
+    assert both.shape == (3, 256) and not both.requires_grad
+    assert torch.equal(both, torch.cat([model.embed(mel, "square"), model.embed(mel, "vertical")], dim=1))
+    assert tiny("vertical").embed(mel).shape == (3, 128)
+    with pytest.raises(ValueError, match="vertical"):
+        tiny("vertical").embed(mel, "square")
+    assert torch.allclose(model.embed(mel.half().float()), model.embed(mel.half()))
+
+
+@pytest.mark.parametrize("size, millions", [("vit-s", 22), ("vit-b", 86)])
+def test_sizes_are_the_papers(size, millions):
+    with torch.device("meta"):
+        model = Myna(Config(size, "square"))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(millions * 1e6, rel=0.02)
+
+
+def test_unknown_settings_are_refused():
+    with pytest.raises(ValueError, match="tiny, vit-s, vit-b"):
+        Config("huge")
+    with pytest.raises(ValueError, match="square, vertical, hybrid"):
+        Config("tiny", "round")
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+def slow_loss(z1, z2, temperature, decoupled):
+    """Every anchor and every other view, one at a time, in float64."""
+    views = [(i, z.double() / z.double().norm()) for half in (z1, z2) for i, z in enumerate(half)]
+    total = 0
+    for a, (i, anchor) in enumerate(views):
+        positive, below = None, []
+        for b, (j, other) in enumerate(views):
+            s = torch.exp(anchor @ other / temperature)
+            if b != a and j == i:
+                positive = s
+            if (j != i) if decoupled else (b != a):
+                below.append(s)
+        total -= torch.log(positive / sum(below))
+    return total / len(views)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_loss_is_the_equation(decoupled, temperature):
+    z1, z2 = torch.randn(7, 16, generator=generator(1)), torch.randn(7, 16, generator=generator(2))
+    assert info_nce(z1, z2, temperature, decoupled).item() == pytest.approx(slow_loss(z1, z2, temperature, decoupled).item(), rel=1e-5)
+    z1.requires_grad_()
+    info_nce(z1, z2, temperature, decoupled).backward()
+    fast, z1.grad = z1.grad, None
+    slow_loss(z1, z2, temperature, decoupled).backward()
+    assert (fast - z1.grad).norm() / z1.grad.norm() < 1e-4
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_loss_does_not_care_for_order_and_length(decoupled):
+    z1, z2 = torch.randn(9, 16, generator=generator(1)), torch.randn(9, 16, generator=generator(2))
+    loss = info_nce(z1, z2, decoupled=decoupled)
+    order = torch.randperm(9, generator=generator(3))
+    assert torch.allclose(info_nce(z1[order], z2[order], decoupled=decoupled), loss, rtol=1e-5)
+    assert torch.allclose(info_nce(z2, z1, decoupled=decoupled), loss, rtol=1e-5)
+    assert torch.allclose(info_nce(3 * z1, 0.01 * z2, decoupled=decoupled), loss, rtol=1e-5)
+    assert not torch.allclose(info_nce(z1[order], z2, decoupled=decoupled), loss, rtol=1e-3)
+
+
+def test_loss_of_knowing_nothing_and_everything():
+    same = torch.ones(32, 8)
+    assert info_nce(same, same).item() == pytest.approx(math.log(2 * 32 - 1), rel=1e-6)
+    assert info_nce(same, same, decoupled=True).item() == pytest.approx(math.log(2 * 32 - 2), rel=1e-6)
+    apart = torch.eye(8)  # each pair alone in its direction
+    assert info_nce(apart, apart).item() == pytest.approx(math.log(1 + 14 * math.exp(-10)), rel=1e-3)
+    assert info_nce(apart, apart, decoupled=True).item() == pytest.approx(math.log(14) - 10, rel=1e-5)
+    with pytest.raises(ValueError, match="two pairs"):
+        info_nce(torch.ones(1, 8), torch.ones(1, 8))
+
+
+def test_loss_is_computed_in_float32_under_autocast():
+    z1 = torch.randn(64, 32, generator=generator(1)).bfloat16()
+    z2 = (z1 + 0.01 * torch.randn(64, 32, generator=generator(2))).bfloat16()
+    expected = slow_loss(z1, z2, 0.1, False).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert info_nce(z1, z2).dtype == torch.float32
+        assert info_nce(z1, z2).item() == pytest.approx(expected, rel=1e-4)
+        assert similarities(z1, z2).dtype == torch.float32
+    far = torch.full((4, 8), 1e20, requires_grad=True)  # lengths whose squares overflow
+    assert info_nce(far.bfloat16(), far.bfloat16(), 0.01).isfinite()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", ["square", "vertical", "hybrid"])
+def test_saved_models_come_back(tmp_path, patch):
+    model = tiny(patch, log_mel=True, projection=32)
+    save_model(model, tmp_path / "m.pt", step=7)
+    loaded = load_model(tmp_path / "m.pt")
+    assert loaded.config == model.config
+    assert torch.equal(loaded.embed(power(2)), model.embed(power(2)))
+    first = model.patches[0]
+    assert torch.equal(loaded(power(2), first, kept=torch.arange(5).expand(2, 5)), model(power(2), first, kept=torch.arange(5).expand(2, 5)))
+    assert torch.load(tmp_path / "m.pt", weights_only=True)["step"] == 7
+    assert os.listdir(tmp_path) == ["m.pt"]
+
+
+def released(hybrid, dim=384, depth=12, hidden=1536):
+    """A state dict with the names and shapes of the authors' files."""
+    shapes = {"transformer.norm": (dim,), "linear_head": (128, dim)}
+    for tokenizer in ("to_patch_embedding", "to_patch_embedding_b") if hybrid else ("to_patch_embedding",):
+        shapes |= {f"{tokenizer}.1": (256,), f"{tokenizer}.2": (dim, 256), f"{tokenizer}.3": (dim,)}
+    for i in range(depth):
+        layer = f"transformer.layers.{i}"
+        shapes |= {f"{layer}.0.norm": (dim,), f"{layer}.0.to_qkv": (3 * dim, dim), f"{layer}.0.to_out": (dim, dim)}
+        shapes |= {f"{layer}.1.net.0": (dim,), f"{layer}.1.net.1": (hidden, dim), f"{layer}.1.net.3": (dim, hidden)}
+    weights, noise = {}, generator(9)
+    for name, shape in shapes.items():
+        weights[name + ".weight"] = 0.05 * torch.randn(shape, generator=noise)
+        if "to_qkv" not in name and "to_out" not in name:
+            weights[name + ".bias"] = 0.05 * torch.randn(shape[0], generator=noise)
+    return weights
+
+
+@pytest.mark.parametrize("hybrid", [False, True])
+def test_released_files_load(tmp_path, hybrid):
+    weights = released(hybrid)
+    torch.save(weights, tmp_path / "myna.pt")
+    if hybrid:
+        model = load_model(tmp_path / "myna.pt")
+        assert model.config.patch == "hybrid" and model.embed(power(2)).shape == (2, 768)
+        assert torch.equal(model.to_patch_embedding["vertical"][1].weight, weights["to_patch_embedding_b.2.weight"])
+    else:
+        with pytest.raises(ValueError, match="patch='square' or 'vertical'"):
+            load_model(tmp_path / "myna.pt")
+        model = load_model(tmp_path / "myna.pt", patch="vertical")
+        assert model.config.patch == "vertical" and model.embed(power(2)).shape == (2, 384)
+    assert model.config.size == "vit-s"
+    assert torch.equal(model.to_patch_embedding[model.patches[0]][0].bias, weights["to_patch_embedding.1.bias"])
+    assert torch.equal(model.transformer.layers[11][1].net[3].weight, weights["transformer.layers.11.1.net.3.weight"])
+
+
+def test_other_files_are_a_sentence(tmp_path):
+    path = tmp_path / "file.pt"
+
+    def message(patch=None):
+        with pytest.raises(ValueError) as caught:
+            load_model(path, patch)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+        return str(caught.value)
+
+    assert "no such checkpoint" in message()
+    path.write_text("hello")
+    assert "found another kind of file" in message()
+    path.write_bytes(b"")
+    assert "cut short" in message()
+    torch.save([1, 2], path)
+    assert "found a list" in message()
+    torch.save({"a": torch.ones(3)}, path)
+    assert "found a dict of a" in message()
+    weights = released(True)
+    del weights["transformer.layers.3.0.to_qkv.weight"]
+    torch.save(weights, path)
+    assert "expected transformer.layers.3.0.to_qkv.weight of shape (1152, 384), found nothing" in message()
+    weights = released(True) | {"to_patch_embedding.2.weight": torch.ones(384, 255)}
+    torch.save(weights, path)
+    assert "expected to_patch_embedding.square.1.weight of shape (384, 256), found (384, 255)" in message()
+    torch.save(released(False, dim=100), path)
+    assert "known size" in message("square")
+    save_model(tiny("square"), path)
+    assert "expected a model with vertical patches, found one with square" in message("vertical")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "cut short or damaged" in message()
+    torch.save({"config": {"depth": 3}, "model": {}}, path)
+    assert "found {'depth': 3}" in message()
+
+
+def test_a_crafted_file_cannot_run_code(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"config": {}, "model": Crafted()}, tmp_path / "zip.pt")
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Crafted()))
+    for name in ("zip.pt", "bare.pt"):
+        with pytest.raises(ValueError, match="another kind of file"):
+            load_model(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_full_disk_leaves_the_file_before(tmp_path):
+    path = tmp_path / "m.pt"
+    save_model(tiny("square"), path)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="could not be written"):
+            save_model(tiny("square", seed=1), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["m.pt"]
