@@ -79,6 +79,17 @@ def _open_sound(path):
         raise ValueError(f"{path}: {cause}") from error
 
 
+def _read(sound, start, count):
+    """`count` samples (-1: all) of an open sound from `start` on: (samples, channels) float32, less where it ends.
+
+    A quarter second before them is decoded too, and dropped: a frame of an MP3 borrows bits from the frames before it.
+    """
+    start = min(start, sound.frames)
+    lead = min(start, sound.samplerate // 4)
+    sound.seek(start - lead)
+    return sound.read(count if count < 0 else lead + count, dtype="float32", always_2d=True)[lead:]
+
+
 def _mono_16k(block, rate):
     """(samples, channels) float32 at `rate` Hz -> (samples,) float32 tensor at 16 kHz: mean over channels, polyphase filter."""
     wave = torch.from_numpy(block).mean(dim=1)
@@ -97,9 +108,8 @@ def load_audio(path, offset=0.0, duration=None):
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"{path}: offset {offset} s and duration {duration} s must not be negative or empty")
     with _open_sound(path) as sound:
-        sound.seek(min(round(offset * sound.samplerate), sound.frames))
         count = -1 if duration is None else round(duration * sound.samplerate)
-        block = sound.read(count, dtype="float32", always_2d=True)
+        block = _read(sound, round(offset * sound.samplerate), count)
         if not len(block):
             raise ValueError(f"{path}: no sound from {offset:g} s on (the file holds {sound.frames / sound.samplerate:g} s)")
         wave = _mono_16k(block, sound.samplerate)
@@ -190,12 +200,11 @@ def _walk(folder):
 def _file_clips(path, clip_seconds):
     """The clips of one file, (offset in seconds, wave), read one at a time so that a long file needs no more memory."""
     with _open_sound(path) as sound:
-        length = round(clip_seconds * sound.samplerate)
-        offset = 0
-        while len(block := sound.read(length, dtype="float32", always_2d=True)):
-            yield offset / sound.samplerate, block, sound.samplerate
-            offset += len(block)
-    if not offset:
+        length, start = round(clip_seconds * sound.samplerate), 0
+        while len(block := _read(sound, start, length)):
+            yield start / sound.samplerate, block, sound.samplerate
+            start += len(block)
+    if start == 0:
         raise ValueError(f"{path}: holds no sound")
 
 

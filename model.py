@@ -11,7 +11,6 @@ shapes and shares all the rest (section 3.5).
 """
 
 import os
-import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -260,10 +259,9 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path}: expected tensors and plain values as torch.save writes them, found another kind of file") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a checkpoint, found a file that is cut short or damaged") from error
+    except Exception as error:  # the reader meets a foreign or damaged file with whatever error it stumbles over
+        expected = "tensors and plain values as torch.save writes them"
+        raise ValueError(f"{path}: expected {expected}, found another kind of file, or one that is cut short") from error
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{path}: expected a dict of weights, found a {type(checkpoint).__name__}")
     return checkpoint
@@ -281,11 +279,11 @@ def _released(weights, path, patch):
     hybrid = any(name.startswith("to_patch_embedding_b.") for name in weights)
     if not hybrid and patch is None:
         raise ValueError(f"{path}: a released model with one tokenizer; its patch shape is not in the file, say patch='square' or 'vertical'")
-    first = "square" if hybrid else patch
-    for i in (1, 2, 3):  # the first module of the released tokenizers only reshapes; here that is `patchify`
-        for kind in ("weight", "bias"):
-            weights[f"to_patch_embedding.{first}.{i - 1}.{kind}"] = weights.get(f"to_patch_embedding.{i}.{kind}")
-            weights[f"to_patch_embedding.vertical.{i - 1}.{kind}"] = weights.get(f"to_patch_embedding_b.{i}.{kind}")
+    shapes = {"to_patch_embedding": "square" if hybrid else patch, "to_patch_embedding_b": "vertical"}
+    for name in list(weights):  # their tokenizers begin with a module that only reshapes; here that is `patchify`
+        tokenizer, number, *rest = name.split(".")
+        if tokenizer in shapes:
+            weights[".".join(["to_patch_embedding", shapes[tokenizer], str(int(number) - 1), *rest])] = weights[name]
     return Config(size, "hybrid" if hybrid else patch), weights
 
 

@@ -34,55 +34,59 @@ from model import SIZES, Config, Myna, info_nce, keep_tokens, read_checkpoint, s
 N_TOKENS = 48  # of either patch shape
 DEMO = {"size": "tiny", "batch": 256, "steps": 700, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
 
-parser = argparse.ArgumentParser(description="Pre-train Myna. Every default is the paper's value.", allow_abbrev=False)
-parser.add_argument("--demo", action="store_true", help="the tiny model on the embedded music, minutes on two CPU cores")
-parser.add_argument("--data", help="a corpus, or a folder of music (default: the embedded music)")
-parser.add_argument("--minutes", type=float, help="use so much of the corpus only, the same nested subsets for a seed")
-parser.add_argument("--patch", choices=["square", "vertical", "hybrid"], default="hybrid", help="16x16, 128x2 or both (default: %(default)s)")
-parser.add_argument("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
-parser.add_argument("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
-parser.add_argument("--batch", type=int, default=4096, help="pairs a step, over all processes (default: %(default)s)")
-parser.add_argument("--mask", type=float, default=0.9, help="share of the patches thrown away (default: %(default)s)")
-length = parser.add_mutually_exclusive_group()
-length.add_argument("--epochs", type=int, default=500, help="passes over the corpus (default: %(default)s)")
-length.add_argument("--steps", type=int, help="or a number of steps")
-parser.add_argument("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
-parser.add_argument("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
-parser.add_argument("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
-parser.add_argument("--decoupled", action="store_true", help="the loss as the paper prints it, without the positive below the line")
-parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-parser.add_argument("--out", help="folder of the run (default: runs/PATCH_SIZE_bBATCH_sSEED)")
-parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it; its settings are taken over")
-parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
-parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+FREE = ("demo", "epochs", "out", "resume", "save_minutes", "device")  # not stored: they say nothing about the weights
 
-FREE = ("demo", "epochs", "steps", "out", "resume", "save_minutes", "device")  # what may differ when a run goes on
+
+def command_line():
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(description="Pre-train Myna. Every default is the paper's value.", allow_abbrev=False)
+    parser.add_argument("--demo", action="store_true", help="the tiny model on the embedded music, minutes on two CPU cores")
+    parser.add_argument("--data", help="a corpus, or a folder of music (default: the embedded music)")
+    parser.add_argument("--minutes", type=float, help="use so much of the corpus only, the same nested subsets for a seed")
+    parser.add_argument("--patch", choices=["square", "vertical", "hybrid"], default="hybrid", help="16x16, 128x2 or both (default: %(default)s)")
+    parser.add_argument("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
+    parser.add_argument("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
+    parser.add_argument("--batch", type=int, default=4096, help="pairs a step, over all processes (default: %(default)s)")
+    parser.add_argument("--mask", type=float, default=0.9, help="share of the patches thrown away (default: %(default)s)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="passes over the corpus (default: 500)")
+    length.add_argument("--steps", type=int, help="or a number of steps")
+    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
+    parser.add_argument("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
+    parser.add_argument("--decoupled", action="store_true", help="the loss as the paper prints it, without the positive below the line")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    parser.add_argument("--out", help="folder of the run (default: runs/PATCH_SIZE_bBATCH_sSEED)")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it; its settings are taken over")
+    parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    return parser
 
 
 def read_settings(argv):
     """The command line, with the demo's or the resumed run's settings as defaults. Returns (settings, checkpoint or None)."""
-    args = parser.parse_args(argv)
-    if args.demo:
+    parser = command_line()
+    if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
-        args = parser.parse_args(argv)
-    args.out = Path(args.out or f"runs/{args.patch}_{args.size}_b{args.batch}_s{args.seed}")
-    checkpoint = None
-    if args.resume:
-        checkpoint = newest_checkpoint(args.out)
-    elif (args.out / "log.jsonl").exists():
-        raise ValueError(f"{args.out} holds a run: --resume goes on with it, another --out begins a new one")
+    args = parser.parse_args(argv)
+    out = Path(args.out or f"runs/{args.patch}_{args.size}_b{args.batch}_s{args.seed}")
+    checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         stored = checkpoint["settings"]
         parser.set_defaults(**stored)
-        typed = parser.parse_args(argv)
-        differ = [f"--{name.replace('_', '-')} is {value}" for name, value in stored.items() if getattr(typed, name) != value]
+        args = parser.parse_args(argv)
+        differ = [f"--{name.replace('_', '-')} is {value}" for name, value in stored.items() if name != "steps" and getattr(args, name) != value]
         if differ:
-            raise ValueError(f"{args.out} cannot go on with other settings than its own: its {', '.join(differ)}")
-        typed.out, args = args.out, typed
+            raise ValueError(f"{out} goes on with its own settings alone: its {', its '.join(differ)}")
+    elif not args.resume and (out / "log.jsonl").exists():
+        raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
+    args.out = out
     for name in ("batch", "epochs", "steps", "lr", "temperature", "minutes", "save_minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
+    if args.batch < 2:
+        raise ValueError("--batch 1: a contrast needs at least two pairs")
     keep_tokens(1, N_TOKENS, args.mask)  # complains of a ratio that keeps nothing
     return args, checkpoint
 
@@ -255,10 +259,12 @@ def train(args, checkpoint):
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and world > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {name}: this machine or this build of torch has no CUDA device")
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
@@ -277,7 +283,7 @@ def train(args, checkpoint):
         raise ValueError(f"a batch of {batch} cannot be shared evenly by {world} processes")
     part = slice(rank * batch // world, (rank + 1) * batch // world)
     per_epoch = len(clips) // batch
-    total = args.steps or args.epochs * per_epoch
+    total = args.epochs * per_epoch if args.epochs else args.steps or 500 * per_epoch
 
     # 2) memory: the step's, and the corpus's when it fits on the GPU
     needed, free = memory_needed(args.size, batch // world, args.mask, device), memory_free(device)
@@ -301,10 +307,10 @@ def train(args, checkpoint):
 
     # 4) the log, cut back to the checkpoint
     log_path = args.out / "log.jsonl"
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings = {key: value for key, value in vars(args).items() if key not in FREE} | {"steps": total}
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"time": time.time(), "settings": {**settings, "steps": total, "clips": len(clips), "device": str(device)}})]
+        lines = [json.dumps({"time": time.time(), "settings": {**settings, "clips": len(clips), "device": str(device)}})]
         if checkpoint:
             old = log_path.read_text().splitlines()
             lines = old[:1] + [line for line in old[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -329,7 +335,7 @@ def train(args, checkpoint):
     every = 10 if device.type == "cuda" else 1  # steps between looks at the figures, since a look waits for the GPU
     begun = step
     pending, looked, saved = [], time.monotonic(), time.monotonic()
-    with open(log_path, "a") as log, tqdm(total=total, initial=step, unit="step", disable=rank > 0) as bar:
+    with open(log_path if rank == 0 else os.devnull, "a") as log, tqdm(total=total, initial=step, unit="step", disable=rank > 0) as bar:
         while step < total:
             views, kept = next(batches)
             views, kept = views.to(device), {patch: tokens.to(device) for patch, tokens in kept.items()}

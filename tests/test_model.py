@@ -25,7 +25,7 @@ def tiny(patch="hybrid", seed=0, **settings):
 
 def power(batch, seed=0):
     """Something with the range of mel power: many orders of magnitude."""
-    return torch.randn(batch, 128, 96, generator=generator(seed)).mul(3).exp()
+    return torch.randn(batch, 128, 96, generator=generator(seed)).mul(3).exp().clamp(max=65_504)
 
 
 # --- patches ---------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def test_other_files_are_a_sentence(tmp_path):
     assert "expected a model with vertical patches, found one with square" in message("vertical")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert "cut short or damaged" in message()
+    assert "cut short" in message()
     torch.save({"config": {"depth": 3}, "model": {}}, path)
     assert "found {'depth': 3}" in message()
 
