@@ -1,0 +1,997 @@
+"""Stage 4 of Myna: labelled clips -> embeddings -> a grid of linear and MLP probes -> the task's metric.
+
+What does a frozen encoder know? Each clip of a labelled data set becomes one vector, the mean over its segments; small
+models, "probes", are trained on the vectors of the training split, 216 configurations of them side by side; the one that
+does best on the validation split is scored once on the test split (section 4.4 and Appendix C of the paper, after
+Castellon et al. 2021, "JukeMIR").
+
+    python probe.py                                          the newest checkpoint under runs/ on the embedded music's keys
+    python probe.py --task gtzan                             a data set under datasets/gtzan; also mtt, giantsteps, emomusic
+    python probe.py --task my_labels.csv                     your own labelled clips
+    python probe.py --task gtzan --features mfcc             what a hand-made feature knows; also chroma, --checkpoint random
+    python probe.py --embed MUSIC_FOLDER --out vectors.npz   just the embeddings, one row a file
+
+The authors' evaluation code differs from the protocol that the paper names, and from this file, in five things: it picks
+the configuration by its test score, standardises each split by its own statistics, has no dropout on the input, looks at
+the validation split once an epoch, and chooses taggers by average precision. Table 1 may be a little optimistic for it.
+"""
+
+import argparse
+import csv
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import sys
+from collections import Counter, deque
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+from data import AUDIO_SUFFIXES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
+from model import PATCHES, SIZES, Config, Myna, load_model
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics. All take (targets, predictions), tensors or arrays, and compute in float64; predictions may have leading axes, one
+# entry for each configuration of a grid.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def accuracy(targets, predictions):
+    """Share of right class numbers: targets (n,), predictions (..., n)."""
+    targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
+    return (predictions == targets).double().mean(dim=-1)
+
+
+def weighted_key_score(targets, predictions):
+    """MIREX's key score of class numbers 0..11 C to B major, 12..23 C to B minor: targets (n,), predictions (..., n).
+
+    Same key 1; a perfect fifth above the target with its mode 0.5; relative major or minor 0.3; parallel 0.2 (mir_eval's).
+    """
+    targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
+    same_mode = targets // 12 == predictions // 12
+    up = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
+    relative = torch.where(targets < 12, 9, 3)  # A minor is nine above C major, C major three above A minor
+    score = torch.where(same_mode, 1.0 * (up == 0) + 0.5 * (up == 7), 0.2 * (up == 0) + 0.3 * (up == relative))
+    return score.double().mean(dim=-1)
+
+
+def _by_column(targets, scores):
+    """Targets and scores as columns sorted by score, and the first and last place that each score shares: (..., T, n)."""
+    targets, scores = torch.as_tensor(targets).double(), torch.as_tensor(scores).double()
+    scores, order = scores.transpose(-1, -2).contiguous().sort(dim=-1)
+    targets = targets.T.expand_as(scores).gather(-1, order)
+    return targets, torch.searchsorted(scores, scores), torch.searchsorted(scores, scores, right=True)
+
+
+def roc_auc(targets, scores, average=True):
+    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over the tags that have both classes (no other has a curve); with
+    `average=False` all T of them, nan where there is no curve.
+    """
+    positive, first, last = _by_column(targets, scores)
+    ranks = (first + last + 1) / 2.0  # from 1, equal scores sharing the mean of their places
+    p = positive.sum(dim=-1)
+    n = positive.shape[-1] - p
+    area = ((ranks * positive).sum(dim=-1) - p * (p + 1) / 2) / (p * n)  # (..., T), 0 / 0 without both classes
+    return area.nanmean(dim=-1) if average else area
+
+
+def average_precision(targets, scores, average=True):
+    """Area under the precision-recall curve as a sum of steps, equal scores being one threshold (sklearn's).
+
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags, one without a positive counting 0 as in sklearn.
+    """
+    positive, first, _ = _by_column(targets, scores)
+    p = positive.sum(dim=-1, keepdim=True)
+    above = F.pad(p - positive.cumsum(dim=-1), (1, 0), value=0.0)  # positives above each place ...
+    above[..., :1] = p
+    precision = above.gather(-1, first) / (positive.shape[-1] - first)  # ... at the threshold of each score
+    area = (precision * positive).sum(dim=-1) / p.squeeze(-1).clamp(min=1)
+    return area.mean(dim=-1) if average else area
+
+
+def r2(targets, predictions, average=True):
+    """Coefficient of determination: targets (n, T), predictions (..., n, T). Mean over the T targets.
+
+    A constant target gives 1 when it is met exactly and 0 otherwise (sklearn's).
+    """
+    targets, predictions = torch.as_tensor(targets).double(), torch.as_tensor(predictions).double()
+    if targets.ndim == 1:
+        targets, predictions = targets[:, None], predictions[..., None]
+    residual = (targets - predictions).square().sum(dim=-2)
+    total = (targets - targets.mean(dim=0)).square().sum(dim=0)
+    score = torch.where(total == 0, (residual == 0).double(), 1 - residual / total.where(total != 0, 1.0))
+    return score.mean(dim=-1) if average else score
+
+
+METRICS = {  # of a kind of task, the primary one first; regression on several targets adds the r2 of each
+    "classes": ("accuracy",),
+    "key": ("weighted_key_score", "accuracy"),
+    "tags": ("roc_auc", "average_precision"),
+    "regression": ("r2",),
+}
+
+
+def evaluate(kind, targets, outputs):
+    """Every metric of a kind of task from a probe's outputs (..., n, C), probabilities or values, the primary one first."""
+    if kind == "tags":
+        return {"roc_auc": roc_auc(targets, outputs), "average_precision": average_precision(targets, outputs)}
+    if kind == "regression":
+        return {"r2": r2(targets, outputs)}
+    classes = outputs.argmax(dim=-1)
+    scores = {"accuracy": accuracy(targets, classes)}
+    return {"weighted_key_score": weighted_key_score(targets, classes), **scores} if kind == "key" else scores
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tasks: labelled clips
+#
+# A task is data: clips with labels and splits, and the metric. The data sets are read as their publishers lay them out,
+# below whatever extra folders, with the splits of Castellon et al. (2021). A fifth one is one function and one line in
+# DATASETS; its docstring says where to get it and how the folder should look, and is shown when something isn't there.
+# ----------------------------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "valid", "test")
+
+
+class Clip(NamedTuple):
+    """What carries a label: a piece of a sound file."""
+
+    path: Path | tuple  # of the embedded music the pair (seed, number)
+    offset: float  # seconds
+    duration: float | None  # seconds; None: to the end
+    label: object  # class number, list of 0.0 and 1.0, or list of numbers; None: comes with the rendered sound
+    split: str  # "train", "valid", "test"
+    group: str  # song, artist, ...; never in two splits
+
+
+@dataclass
+class Task:
+    """Clips with their labels and splits, and how predictions for them are scored."""
+
+    name: str
+    kind: str  # "classes", "key", "tags", "regression"
+    names: tuple  # of the classes, tags or targets
+    clips: list[Clip]
+    metrics: tuple  # names, the primary one first
+    missing: list[str]  # files that the labels name and the disk does not hold
+    per_group: bool = False  # average the predicted probabilities over a group before scoring
+    published: dict | None = None  # clips per split, as published
+
+
+def _task(name, kind, names, clips, missing, **more):
+    each = tuple(f"r2 {target}" for target in names) if kind == "regression" and len(names) > 1 else ()
+    return Task(name, kind, tuple(names), clips, METRICS[kind] + each, missing, **more)
+
+
+def _files(root):
+    """All files and folders down to six levels below `root`: the last one, two or three parts of a path -> the path."""
+    found = {}
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        above = Path(folder).relative_to(root).parts
+        for name in sorted(folders + names):
+            parts = (*above, name)
+            for count in (1, 2, 3):
+                found.setdefault("/".join(parts[-count:]), Path(folder, name))
+        if len(above) == 5:  # ends links that lead back up, too
+            folders.clear()
+    return found
+
+
+def _sound(files, stem):
+    """The sound file of that name in any format, or None: those who re-publish data sets convert them."""
+    return next((files[stem + suffix] for suffix in sorted(AUDIO_SUFFIXES) if stem + suffix in files), None)
+
+
+def _table(path, columns, delimiter=",", strict=False):
+    """The rows of a table that must have `columns`: pairs (line number, {column: field}), all stripped, no blank rows.
+
+    A publisher's file is taken as it comes; `strict`, whatever is not quite right with somebody's own is a ValueError.
+    """
+    with open(path, newline="", encoding="utf-8-sig", errors="strict" if strict else "replace") as file:
+        rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
+        try:
+            header = [field.strip() for field in next(rows, [])]
+            if absent := [column for column in columns if column not in header]:
+                raise ValueError(f"{path}: no column {absent[0]!r} in the first line, {header} (separator: {delimiter!r})")
+            if strict and len(set(header)) < len(header):
+                raise ValueError(f"{path}: the column {max(header, key=header.count)!r} is there twice")
+            for fields in rows:
+                if strict and len(fields) > len(header):
+                    raise ValueError(f"{path}, line {rows.line_num}: {len(fields)} fields for {len(header)} columns")
+                if any(fields := [field.strip() for field in fields]):
+                    yield rows.line_num, dict(itertools.zip_longest(header, fields, fillvalue=""))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}, after line {rows.line_num}: not a table in UTF-8 ({error})") from error
+
+
+def _float(text, where):
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise ValueError(f"{where}: {text!r} is not a number")
+
+
+def _key(text, where):
+    """Class number of a key, 0..11 C to B major, 12..23 C to B minor: "Db major", "C# minor", "Bb:min", "F#m", "E"."""
+    parts = re.fullmatch(r"([A-G])([#b♯♭]?)\s*:?\s*(?:(m|(?i:min|minor))|M|(?i:maj|major)|)", text.strip())
+    if not parts:
+        raise ValueError(f"{where}: {text!r} is not a key such as 'Db major' or 'C# minor'")
+    pitch = "C D EF G A B".index(parts[1]) + {"": 0, "#": 1, "♯": 1}.get(parts[2], -1)
+    return pitch % 12 + 12 * bool(parts[3])
+
+
+def _sha1(text):
+    return int(hashlib.sha1(text.encode()).hexdigest(), 16)
+
+
+def _standardise(clips, where):
+    """Targets to (target - mean) / deviation, both over the development songs: train and valid."""
+    targets = np.array([clip.label for clip in clips])
+    development = targets[[clip.split != "test" for clip in clips]]
+    if not len(development) or not np.ptp(development, axis=0).all():
+        raise ValueError(f"{where}: a target has one value, or none, in all of train and valid")
+    targets = (targets - development.mean(axis=0)) / development.std(axis=0)
+    return [clip._replace(label=label) for clip, label in zip(clips, targets.tolist())]
+
+
+GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+
+
+def _gtzan(files):
+    """GTZAN Genre Collection (Tzanetakis and Cook, 2002), with the fault-filtered split (Kereliuk et al., 2015).
+
+    Where to get it: the sound is linked from marsyas.info, the three lists are in github.com/coreyker/dnn-mgr, folder gtzan.
+    The folder holds: genres/blues/blues.00000.wav (or .au) and so on; train_, valid_ and test_filtered.txt.
+    """
+    clips, missing = [], []
+    for split in SPLITS:
+        where = files[f"{split}_filtered.txt"]
+        for line in where.read_text("utf-8-sig", "replace").split():
+            if not (stem := re.search(rf"({'|'.join(GENRES)})\.\d{{5}}", line)):
+                raise ValueError(f"{where}: {line!r} is not a name like 'blues/blues.00029.wav'")
+            if path := _sound(files, stem[0]):
+                clips.append(Clip(path, 0.0, None, GENRES.index(stem[1]), split, stem[0]))
+            else:
+                missing.append(line)
+    return _task("gtzan", "classes", GENRES, clips, missing, published={"train": 443, "valid": 197, "test": 290})
+
+
+def _mtt(files):
+    """MagnaTagATune (Law et al., 2009): its 50 most frequent tags, split by folder (van den Oord et al., 2014).
+
+    Where to get it: the sound (a zip in three parts) and the tags are on mirg.city.ac.uk, The MagnaTagATune Dataset.
+    The folder holds: annotations_final.csv, and the zip's sixteen folders 0, 1, ... f of .mp3 files.
+    """
+    rows, count, tags, clips, missing = [], Counter(), [], [], []
+    for _, row in _table(files["annotations_final.csv"], ("clip_id", "mp3_path"), "\t"):
+        number, name, tags = row.pop("clip_id"), row.pop("mp3_path"), list(row)
+        rows.append((number, name, {tag for tag in tags if row[tag] == "1"}))
+        count.update(rows[-1][2])
+    tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # stable: of two equally frequent ones the first column first
+    for number, name, present in rows:
+        if number in ("35644", "55753", "57881"):  # corrupt as published
+            continue
+        if path := _sound(files, name.removesuffix(".mp3")):
+            split = "train" if name[0] in "0123456789ab" else "valid" if name[0] == "c" else "test"
+            song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the seconds between which the clip was cut out
+            clips.append(Clip(path, 0.0, None, [float(tag in present) for tag in tags], split, song))
+        else:
+            missing.append(name)
+    return _task("mtt", "tags", tags, clips, missing, published={"train": 18_706, "valid": 1_825, "test": 5_329})
+
+
+def _giantsteps(files):
+    """GiantSteps: train and valid from the MTG-Key set (Faraldo), test the Key set (Knees et al., 2015), cut into 30 s.
+
+    Where to get it: github.com/GiantSteps, giantsteps-mtg-key-dataset and giantsteps-key-dataset, with scripts for the sound.
+    The folder holds: giantsteps-mtg-key-dataset/annotations/annotations.txt and beatport_metadata.txt;
+    giantsteps-key-dataset/annotations/key/<ID>.LOFI.key; and, anywhere, the <ID>.LOFI.mp3 of both.
+    """
+    table = _table(files["annotations/beatport_metadata.txt"], ("ID", "ARTIST"), "\t")
+    tracks = [(row["ID"], {name.strip().lower() for name in row["ARTIST"].split(",")}) for _, row in table]
+    valid = {artist for _, artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
+    for _ in range(2):  # who shares a track with them joins them: two passes, as in Castellon's code, not until all is still
+        for _, artists in tracks:
+            valid |= artists if artists & valid else set()
+    songs, artists_of, where = [], dict(tracks), files["annotations/annotations.txt"]
+    for line, row in _table(where, ("ID", "MANUAL KEY", "C"), "\t"):
+        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and of one key
+            split = "valid" if artists_of.get(row["ID"], set()) & valid else "train"
+            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{where}, line {line}"), split))
+    for tail, path in files.items():
+        song = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
+        if song and path.parent.parent != where.parent:
+            songs.append((song[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
+    clips, missing = [], []
+    for song, key, split in songs:
+        if not (path := _sound(files, f"{song}.LOFI")):
+            missing.append(f"{song}.LOFI.mp3")
+            continue
+        try:
+            seconds = soundfile.info(str(path)).duration
+        except (OSError, soundfile.SoundFileError):
+            seconds = 0
+        # A file that cannot be read, or is no song's length, is one clip: decoding it will say what is wrong with it.
+        whole = int(seconds // 30) if 30 <= seconds < 3600 else 1
+        clips += [Clip(path, 30.0 * i, 30.0, key, split, song) for i in range(whole)]
+    published = {"train": 3_687, "valid": 942, "test": 2_406}
+    return _task("giantsteps", "key", KEYS, clips, missing, per_group=True, published=published)
+
+
+def _emomusic(files):
+    """emoMusic (Soleymani et al., 2013): arousal and valence, standardised, of 45 seconds; an artist is in train or in valid.
+
+    Where to get it: the University of Geneva's page emoMusic, 1000 songs for emotional analysis of music.
+    The folder holds: annotations/songs_info.csv, annotations/static_annotations.csv, clips_45seconds/<song_id>.mp3.
+    """
+    names, where, clips, missing = ("arousal", "valence"), files["static_annotations.csv"], [], []
+    rows = _table(where, ("song_id", "mean_arousal", "mean_valence"))
+    means = {row["song_id"]: [_float(row[f"mean_{name}"], f"{where}, line {line}") for name in names] for line, row in rows}
+    for _, row in _table(files["songs_info.csv"], ("song_id", "Artist", "Mediaeval 2013 set")):
+        if row["song_id"] in means:
+            artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
+            split = "test" if row["Mediaeval 2013 set"] == "evaluation" else "valid" if _sha1(artist) % 10 > 7 else "train"
+            path = _sound(files, f"clips_45seconds/{row['song_id']}")
+            missing += [] if path else [f"clips_45seconds/{row['song_id']}.mp3"]
+            clips.append(Clip(path, 0.0, None, means[row["song_id"]], split, row["song_id"]))
+    clips = [clip for clip in _standardise(clips, where) if clip.path]  # a missing file changes no other clip's label
+    return _task("emomusic", "regression", names, clips, missing, published={"train": 504, "valid": 115, "test": 125})
+
+
+DATASETS = {  # the reader, and what it cannot do without
+    "gtzan": (_gtzan, [f"{split}_filtered.txt" for split in SPLITS]),
+    "mtt": (_mtt, ["annotations_final.csv"]),
+    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "annotations/beatport_metadata.txt", "annotations/key"]),
+    "emomusic": (_emomusic, ["songs_info.csv", "static_annotations.csv", "clips_45seconds"]),
+}
+SYNTH = {
+    "synth-key": ("key", KEYS),
+    "synth-style": ("classes", tuple(STYLES)),
+    "synth-tags": ("tags", TAGS),
+    "synth-mood": ("regression", ("arousal", "valence")),
+}
+SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed, clips; pre-training has seed 0
+
+
+def _own_labels(path, folder, kind):
+    """Somebody's own clips, from a table as `load_task` describes it; `folder` is what its paths are relative to."""
+    rows = list(_table(path, ("path",), strict=True)) if path.is_file() else []
+    if not rows:
+        raise ValueError(f"{path}: no clips in it" if path.is_file() else f"{path}: there is no such file")
+    names = [column for column in rows[0][1] if column not in ("path", "split", "group", "offset", "duration")]
+    kind = kind or ("classes" if "label" in names else "tags" if "tags" in names else "regression")
+    column = "tags" if kind == "tags" and "tags" in names else "label"
+    if not names or (kind != "regression" and column not in names):
+        raise ValueError(f"{path}: no column {column!r}" + ("" if names else ", 'tags', or numbers to predict"))
+
+    clips, split_of = [], {}
+    for line, row in rows:
+        where, split, group = f"{path}, line {line}", row.get("split"), row.get("group") or Path(row["path"]).as_posix()
+        if not row["path"] or not (row.get(column) or kind in ("tags", "regression")):
+            raise ValueError(f"{where}: no {column if row['path'] else 'path'}")
+        if split not in (None, *SPLITS):
+            raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
+        if row.get("group") and split_of.setdefault(group, split) != split:
+            raise ValueError(f"{where}: {split}, but the same group {group!r} is in {split_of[group]} above")
+        offset = _float(row.get("offset") or 0, f"{where}, offset")
+        duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
+        if offset < 0 or (duration is not None and duration <= 0):
+            raise ValueError(f"{where}: the offset must not be negative, and the duration be more than 0")
+        if kind == "regression":
+            label = [_float(row[name], f"{where}, {name}") for name in names]
+        elif kind == "tags":
+            label = {tag.strip() for tag in row[column].split("|")} - {""}
+        else:
+            label = _key(row[column], where) if kind == "key" else row[column]
+        clips.append(Clip(folder / row["path"], offset, duration, label, split, group))
+
+    if split is None:  # by the rank of the group's hash: exact shares, and a new group moves few of the others
+        groups = sorted({clip.group for clip in clips}, key=_sha1)
+        tenth = max(1, round(len(groups) / 10))
+        split_of = {group: SPLITS[(i < 2 * tenth) + (i < tenth)] for i, group in enumerate(groups)}
+        clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
+    for name in SPLITS:
+        if name not in {clip.split for clip in clips}:
+            raise ValueError(f"{path}: no clips for {name}; there must be some in each split, or three groups to split")
+
+    if kind == "regression":
+        clips = _standardise(clips, path)
+    elif kind == "key":
+        names = KEYS
+    else:
+        names = sorted(set().union(*(clip.label if kind == "tags" else [clip.label] for clip in clips)))
+        if len(names) < (1 if kind == "tags" else 2):
+            raise ValueError(f"{path}: nothing to tell apart, the column {column!r} holds {names or 'no tag'} only")
+        number = names.index if kind == "classes" else lambda label: [float(name in label) for name in names]
+        clips = [clip._replace(label=number(clip.label)) for clip in clips]
+    missing = [row["path"] for clip, (_, row) in zip(clips, rows) if not clip.path.is_file()]
+    if len(missing) == len(clips):
+        raise ValueError(f"{path}: none of its files is there, such as {clips[0].path}; paths are relative to {folder}")
+    return _task(path.stem, kind, names, [clip for clip in clips if clip.path.is_file()], missing)
+
+
+def load_task(name, root=None, kind=None):
+    """The labelled clips of a task: one of DATASETS below `root` (default: datasets/NAME), one of SYNTH, or a table.
+
+    Embedded clips have no label yet, it comes with their sound from `data.synthesize`. A table is a file in .csv with a
+    column `path`, relative to the table (or to `root`), and what to predict: `label`, or `tags` ("loud|fast", may be none),
+    or one number a column; optionally `split`, `group`, `offset`, `duration` (both in seconds). `kind` ("classes", "key",
+    "tags", "regression") is for a table whose columns don't tell. Without `split`, 80/10/10 of the groups (default: the
+    paths). Raises ValueError that says what to do for what is not there or not right.
+    """
+    name = str(name)
+    if kind not in (None, *METRICS):
+        raise ValueError(f"no kind of task {kind!r}: there are {', '.join(METRICS)}")
+    if name.lower().endswith(".csv"):
+        return _own_labels(Path(name), Path(root or Path(name).parent), kind)
+    if name in SYNTH:
+        clips = [Clip((s, i), 0.0, None, None, split, f"{s}/{i}") for split, (s, n) in SYNTH_SPLITS.items() for i in range(n)]
+        return _task(name, *SYNTH[name], clips, [])
+    if name not in DATASETS:
+        raise ValueError(f"no task {name!r}: there are {', '.join((*DATASETS, *SYNTH))}, or a table of your own, NAME.csv")
+    reader, needed = DATASETS[name]
+    root = Path(root or f"datasets/{name}")
+    files = _files(root)
+    absent = [file for file in needed if file not in files]
+    task = None if absent else reader(files)
+    if absent or not task.clips:
+        what = " and no ".join(absent) or f"sound that the labels name, such as {task.missing[:1]},"
+        problem = f"no {what} below this folder" if root.is_dir() else "there is no such folder"
+        raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
+    return task
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Representations: what becomes of a clip
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def load_clip(clip):
+    """The wave of a clip (samples,) float32 at 16 kHz, and its labels if they come with the sound, as in the embedded music."""
+    if isinstance(clip.path, tuple):
+        waves, labels = data.synthesize(1, *clip.path)
+        return waves[0], {name: values[0].tolist() for name, values in labels.items()}
+    return load_audio(clip.path, clip.offset, clip.duration), None
+
+
+def mel_segments(wave):
+    """(samples,) -> (n, 128, 96) float16 mel power, the encoder's input; a wave shorter than a window is filled up with zeros."""
+    wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
+    return segments(mel_spectrogram(wave).clamp(max=data.FLOAT16_MAX).half())
+
+
+def _statistics(frames):
+    """(features, T) over time -> mean and standard deviation of them and of their first and second differences."""
+    first = frames.diff(dim=1)
+    return torch.cat([part for x in (frames, first, first.diff(dim=1)) for part in (x.mean(dim=1), x.std(dim=1, correction=0))])
+
+
+def mfcc(wave):
+    """Castellon's timbre feature: statistics of 20 mel cepstral coefficients of the peak-normalised sound: (120,).
+
+    The orthonormal DCT-II of mel power in decibels, floored 80 dB below the loudest value (librosa's `feature.mfcc`).
+    """
+    wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
+    mel = mel_spectrogram(wave / wave.abs().max().clamp(min=1e-9))
+    level = 10 * mel.clamp(min=1e-10).log10()
+    level = level.clamp(min=level.max() - 80)
+    k, n = torch.arange(20.0)[:, None], torch.arange(128.0)
+    dct = torch.cos(torch.pi / 128 * (n + 0.5) * k) * (2 / 128) ** 0.5
+    dct[0] /= 2**0.5
+    return _statistics(dct @ level)
+
+
+def chroma(wave):
+    """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound: (72,).
+
+    Theirs folds a constant-Q transform at 22,050 Hz; this folds an STFT at 16 kHz, each bin shared among the pitch classes by
+    a Gaussian of a semitone, within some octaves of 440 Hz; every frame is scaled to a maximum of 1.
+    """
+    wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
+    wave = wave / wave.abs().max().clamp(min=1e-9)
+    spectrum = torch.stft(wave, 2 * N_FFT, 512, window=torch.hann_window(2 * N_FFT), return_complex=True).abs().square()
+    hertz = torch.arange(1, N_FFT + 1) * SAMPLE_RATE / (2 * N_FFT)  # without the constant
+    pitch = 12 * (hertz / 440).log2() + 9  # semitones above C
+    distance = (pitch - torch.arange(12)[:, None] + 6) % 12 - 6  # (12, bins)
+    weights = torch.exp(-0.5 * (2 * distance) ** 2) * torch.exp(-0.5 * ((pitch - 9) / 24) ** 2)
+    frames = weights @ spectrum[1:]
+    return _statistics(frames / frames.amax(dim=0).clamp(min=1e-9))
+
+
+INPUTS = {"mel": mel_segments, "mfcc": lambda wave: mfcc(wave)[None], "chroma": lambda wave: chroma(wave)[None]}
+
+
+def _clip_input(clip, kind):
+    """In a worker: one clip decoded and transformed. Returns (input, labels), or the reason why it could not be read."""
+    try:
+        wave, labels = load_clip(clip)
+        return INPUTS[kind](wave).numpy(), labels
+    except ValueError as error:
+        return str(error)
+
+
+def in_workers(function, jobs, total, desc, workers=None):
+    """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller, behind a bar."""
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker)
+    with pool, tqdm(total=total, desc=desc, unit="clip") as bar:
+        futures = (pool.submit(function, *job) for job in jobs)
+        pending = deque(itertools.islice(futures, 64))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(itertools.islice(futures, 1))
+            yield result
+            bar.update()
+
+
+@dataclass
+class Features:
+    """What a representation makes of a task's clips: rows of numbers, and which clip each row came from."""
+
+    rows: dict  # name of the representation -> (n, F); a hybrid model gives "square" and "vertical"
+    owner: torch.Tensor  # (n,) long: number of the clip in the task
+    labels: list  # of every clip, None for one that could not be read
+    left_out: list  # [path, reason] of those
+
+
+def embed_task(task, encoder, device="cpu", workers=None, cache=None, key=""):
+    """Features of every clip of a task, a row a segment: `encoder` is a Myna, "mfcc" or "chroma". Returns Features.
+
+    Decoding runs in worker processes ahead of the encoder. With `cache`, a file, the result is kept there under a fingerprint
+    of the task and of `key`, which stands for the encoder, and read back when both are the same.
+    """
+    clips = [[str(c.path), c.offset, c.duration, str(c.label)] for c in task.clips]
+    fingerprint = hashlib.sha1(json.dumps([task.name, key, clips]).encode()).hexdigest()
+    if cache and cache.exists():
+        kept = torch.load(cache, weights_only=True)
+        if kept.pop("fingerprint") == fingerprint:
+            print(f"features from {cache}")
+            return Features(**kept)
+    model = encoder if isinstance(encoder, Myna) else None
+    names = model.patches if model else (encoder,)
+    found = Features({name: [] for name in names}, [], [], [])
+    waiting = []
+
+    def encode():
+        batch = torch.cat(waiting)
+        waiting.clear()
+        for name in names:
+            found.rows[name].append(model.embed(batch.to(device), name).cpu() if model else batch)
+
+    jobs = ((clip, "mel" if model else encoder) for clip in task.clips)
+    for number, result in enumerate(in_workers(_clip_input, jobs, len(task.clips), f"{task.name}: embedding", workers)):
+        clip = task.clips[number]
+        if isinstance(result, str):
+            found.left_out.append([str(clip.path), result])
+            found.labels.append(None)
+            continue
+        rows, labels = torch.from_numpy(result[0]), result[1]
+        found.labels.append(labels[task.name.removeprefix("synth-")] if labels else clip.label)
+        found.owner += [number] * len(rows)
+        waiting.append(rows)
+        if sum(map(len, waiting)) >= 256:
+            encode()
+    if waiting:
+        encode()
+    if not found.owner:
+        raise ValueError(f"{task.name}: not one clip could be read; the first: {found.left_out[0][1]}")
+    found.rows = {name: torch.cat(rows) for name, rows in found.rows.items()}
+    found.owner = torch.tensor(found.owner)
+    if cache:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"fingerprint": fingerprint, **vars(found)}, cache.with_suffix(".part"))
+        os.replace(cache.with_suffix(".part"), cache)
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The grid: many probes side by side
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Configuration(NamedTuple):
+    """One way of training a probe (Appendix C)."""
+
+    standardise: bool  # each feature to mean 0 and deviation 1 over the training split
+    hidden: tuple  # widths of hidden layers: () is the linear probe
+    batch: int
+    lr: float
+    dropout: float  # of the input and of every hidden layer
+    l2: float  # in Adam's gradient
+
+
+GRID = [
+    Configuration(*values)
+    for values in itertools.product((False, True), ((), (512,)), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))
+]  # 216
+QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
+LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
+
+
+@dataclass
+class Probe:
+    """A trained probe: its configuration, what it reached on the validation split and when, and its weights."""
+
+    configuration: Configuration
+    valid: float
+    step: int
+    shift: torch.Tensor  # (F,) standardisation, 0 and 1 without
+    scale: torch.Tensor
+    layers: list  # of (weight (in, out), bias (out,))
+
+    def __call__(self, x):
+        """Outputs for features: (n, F) -> (n, C), logits or values."""
+        x = (x - self.shift) * self.scale
+        for weight, bias in self.layers[:-1]:
+            x = F.relu(x @ weight + bias)
+        return x @ self.layers[-1][0] + self.layers[-1][1]
+
+
+def probabilities(kind, outputs, owner=None, count=None):
+    """A probe's outputs (..., n, C) as what is scored; with `owner` (n,) averaged over the rows of each of `count` owners."""
+    if kind in ("classes", "key"):
+        outputs = outputs.softmax(dim=-1)
+    elif kind == "tags":
+        outputs = outputs.sigmoid()
+    if owner is None:
+        return outputs
+    total = outputs.new_zeros(*outputs.shape[:-2], count, outputs.shape[-1]).index_add_(-2, owner, outputs)
+    return total / torch.bincount(owner, minlength=count)[:, None]
+
+
+def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, progress=None):
+    """Train every configuration as it would train alone, those of one batch size and shape side by side. A Probe for each.
+
+    `train` and `valid` are (features (n, F), targets) or (features, targets, owner): with an owner for each row, rows are scored
+    by the mean over their owner's. `outputs` is the number of classes, tags or targets. Early stopping as in Castellon et al.:
+    the primary metric on the validation split, every 8 steps from step 0 on, 256 looks of patience, best weights kept.
+    `steps` ends all after so many steps instead (to measure speed). `progress(n)` is told when n probes have stopped.
+    """
+    probes = [None] * len(configurations)
+    for batch, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
+        chosen = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch, hidden)]
+        values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
+        # On a CPU a stack's weights, gradients and Adam's means should stay in the cache; a GPU takes them all at once.
+        width = len(chosen) if train[0].is_cuda else max(1, CACHE // (16 * values))
+        for at in range(0, len(chosen), width):
+            some = chosen[at : at + width]
+            for i, probe in zip(some, _fit_stack([configurations[i] for i in some], train, valid, kind, outputs, seed, steps, progress)):
+                probes[i] = probe
+    return probes
+
+
+CACHE = 24 * 2**20  # bytes
+
+
+def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progress):
+    """Probes of one batch size and shape, as one batched model of S members."""
+    (x, y), (valid_x, valid_y, *owner) = train[:2], valid
+    device, n = x.device, len(x)
+    batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
+    generator = torch.Generator(device).manual_seed(seed)
+    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device, dtype=torch.float32)[:, None, None]
+    lr, l2, dropout, alive = column("lr"), column("l2"), column("dropout"), list(range(len(configurations)))
+
+    # The inputs that differ: standardised or not, and for training with each dropout
+    deviation = x.std(dim=0, correction=0)
+    shift = torch.stack([torch.zeros_like(deviation), x.mean(dim=0)])
+    scale = torch.stack([torch.ones_like(deviation), 1 / deviation.where(deviation > 0, 1.0)])
+    train_x = (x - shift[:, None]) * scale[:, None]  # (2, n, F)
+    look_x = (valid_x - shift[:, None]) * scale[:, None]
+    kinds = sorted({(c.standardise, c.dropout) for c in configurations})
+    which = torch.tensor([kinds.index((c.standardise, c.dropout)) for c in configurations], device=device)
+    standard = torch.tensor([c.standardise for c in configurations], device=device).long()
+    rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
+    flags = torch.tensor([flag for flag, _ in kinds], device=device).long()
+
+    # Every member begins with the same weights, torch's own for a linear layer, and draws the same batches and dropout
+    layers = []
+    for a, b in itertools.pairwise((x.shape[1], *hidden, outputs)):
+        draw = (torch.rand(a + 1, b, generator=generator, device=device) * 2 - 1) / math.sqrt(a)
+        layers += [draw[:-1].expand(len(configurations), -1, -1).clone(), draw[-1:].expand(len(configurations), -1, -1).clone()]
+    first, second = [torch.zeros_like(w) for w in layers], [torch.zeros_like(w) for w in layers]
+    best = [w.clone() for w in layers]
+    best_score = torch.full((len(configurations),), -torch.inf, device=device, dtype=torch.float64)
+    best_step = torch.zeros(len(configurations), dtype=torch.long, device=device)
+    done = [None] * len(configurations)
+
+    def forward(inputs, drop):  # (S, B, F) -> (S, B, C)
+        for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
+            inputs = torch.baddbmm(bias, inputs, weight).relu()
+            if drop:
+                uniform = torch.rand(inputs.shape[1:], generator=generator, device=device)
+                inputs = inputs * ((uniform >= dropout) / (1 - dropout))
+        return torch.baddbmm(layers[-1], inputs, layers[-2])
+
+    for step in itertools.count():
+        if step % LOOK == 0 and steps is None:
+            with torch.no_grad():
+                score = evaluate(kind, valid_y, probabilities(kind, forward(look_x[standard], False), *owner))[METRICS[kind][0]]
+                better = score > best_score
+                best_score, best_step = torch.where(better, score, best_score), best_step.where(~better, step)
+                for kept, weight in zip(best, layers):
+                    torch.where(better[:, None, None], weight, kept, out=kept)
+            stopped = step - best_step >= PATIENCE * LOOK
+        if (step == steps) if steps is not None else (step % LOOK == 0 and stopped.any()):
+            if steps is not None:
+                stopped, best = torch.ones(len(alive), dtype=torch.bool, device=device), [w.detach() for w in layers]
+            for member in stopped.nonzero()[:, 0].tolist():
+                c = configurations[alive[member]]
+                parts = [w[member].clone() for w in best]
+                pairs = [(weight, bias[0]) for weight, bias in zip(parts[::2], parts[1::2])]
+                flag = int(c.standardise)
+                done[alive[member]] = Probe(c, float(best_score[member]), int(best_step[member]), shift[flag], scale[flag], pairs)
+            if progress:
+                progress(int(stopped.sum()))
+            stay = (~stopped).nonzero()[:, 0]
+            if not len(stay):
+                return done
+            alive = [alive[i] for i in stay.tolist()]
+            lr, l2, dropout, which, standard, best_score, best_step = (t[stay] for t in (lr, l2, dropout, which, standard, best_score, best_step))
+            layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
+
+        rows = torch.randperm(n, generator=generator, device=device)[:batch]
+        uniform = torch.rand(batch, x.shape[1], generator=generator, device=device)  # one draw for all dropout rates
+        inputs = train_x[:, rows][flags] * ((uniform >= rates) / (1 - rates))  # (kinds, B, F)
+        for w in layers:
+            w.requires_grad_()
+        loss = probe_loss(kind, forward(inputs[which], True), y[rows])
+        gradients = torch.autograd.grad(loss, layers)
+        with torch.no_grad():  # Adam, with L2 in the gradient as torch's weight_decay has it
+            for w, g, m, v in zip(layers, gradients, first, second):
+                g = g.addcmul(w, l2)
+                m.lerp_(g, 0.1)
+                v.mul_(0.999).addcmul_(g, g, value=0.001)
+                w.sub_(lr / (1 - 0.9 ** (step + 1)) * m / ((v / (1 - 0.999 ** (step + 1))).sqrt_().add_(1e-8)))
+
+
+def probe_loss(kind, outputs, targets):
+    """The sum over the stack of each member's mean loss: outputs (S, B, C), targets (B,) or (B, C). Members do not mix."""
+    targets = targets.expand(len(outputs), *targets.shape)
+    if kind in ("classes", "key"):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum") / outputs.shape[1]
+    if kind == "tags":
+        return F.binary_cross_entropy_with_logits(outputs, targets, reduction="sum") / outputs[0].numel()
+    return (outputs - targets).square().sum() / outputs[0].numel()
+
+
+def bootstrap(kind, targets, outputs, metric, resamples=1000, seed=0):
+    """95% interval of a metric over resampled test clips: (low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    n = len(targets)
+    scores = []
+    for _ in range(resamples):
+        rows = torch.randint(n, (n,), generator=generator)
+        scores.append(float(evaluate(kind, targets[rows], outputs[rows])[metric]))
+    low, high = np.nanquantile(scores, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def split_rows(task, features, split, rows, per_segment=False):
+    """One split as `fit_grid` takes it, (x, y, owner): x a clip's mean, or with `per_segment` its segments.
+
+    For valid and test, y has an entry for each owner: the clip, or the song where the task scores songs (giantsteps).
+    """
+    ids = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
+    if not ids:
+        raise ValueError(f"{task.name}: no clip of the {split} split could be read")
+    place = torch.full((len(task.clips),), -1)
+    place[ids] = torch.arange(len(ids))
+    here = place[features.owner] >= 0
+    x, clip = rows[here], place[features.owner[here]]  # the segments of this split, and the clip of each
+    if not per_segment:
+        x = torch.zeros(len(ids), x.shape[1]).index_add_(0, clip, x) / torch.bincount(clip)[:, None]
+        clip = torch.arange(len(ids))
+    y = torch.stack([torch.as_tensor(features.labels[i]) for i in ids])
+    y = y.float() if task.kind in ("tags", "regression") else y.long()
+    if split == "train":
+        return x, y[clip]
+    groups = [task.clips[i].group if task.per_group else i for i in ids]
+    first = {group: n for n, group in reversed(list(enumerate(groups)))}  # a clip of each group, for its label
+    number = {group: n for n, group in enumerate(first)}
+    return x, y[list(first.values())], torch.tensor([number[group] for group in groups])[clip], len(number)
+
+
+def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
+    """The whole protocol for one task and the representations in `features`. Returns the results as a plain dict.
+
+    A hybrid model is probed three ways, square, vertical and both side by side, and goes on with the one that does best on the
+    validation split (section 4.3). The winner of all configurations alone sees the test split.
+    """
+    rows = dict(features.rows)
+    if len(rows) == 2:
+        rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
+    outputs = len(task.names)
+    probes = {}
+    with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
+        for name, x in rows.items():
+            train, valid = (split_rows(task, features, split, x, per_segment) for split in ("train", "valid"))
+            train, valid = ([(t.to(device) if torch.is_tensor(t) else t) for t in part] for part in (train, valid))
+            probes[name] = fit_grid(grid, train, valid, task.kind, outputs, seed, progress=bar.update)
+    best = {name: max(range(len(grid)), key=lambda i: found[i].valid) for name, found in probes.items()}
+    name = max(best, key=lambda name: probes[name][best[name]].valid)
+    winner = probes[name][best[name]]
+
+    x, y, *owner = split_rows(task, features, "test", rows[name], per_segment)
+    predicted = probabilities(task.kind, winner(x.to(device)).cpu().double(), *owner)
+    test = {metric: float(score) for metric, score in evaluate(task.kind, y, predicted).items()}
+    counts = Counter(clip.split for i, clip in enumerate(task.clips) if features.labels[i] is not None)
+    results = {
+        "task": task.name,
+        "representation": name,
+        "clips": dict(counts),
+        "incomplete": bool(task.missing or features.left_out),
+        "missing": task.missing,
+        "left_out": features.left_out,
+        "valid": {name: probes[name][best[name]].valid for name in probes},
+        "test": test,
+        "interval": bootstrap(task.kind, y, predicted, METRICS[task.kind][0]),
+        "winner": winner.configuration._asdict(),
+        "grid": {name: [[*probe.configuration, probe.valid, probe.step] for probe in found] for name, found in probes.items()},
+        "names": list(task.names),
+    }
+    if task.kind in ("classes", "key"):
+        pairs = y * outputs + predicted.argmax(dim=1)
+        results["confusion"] = torch.bincount(pairs, minlength=outputs**2).view(outputs, outputs).tolist()  # rows: the truth
+    elif task.kind == "tags":
+        results["per_tag"] = {"roc_auc": roc_auc(y, predicted, False).tolist(), "average_precision": average_precision(y, predicted, False).tolist()}
+    else:
+        results["test"] |= {f"r2 {n}": float(score) for n, score in zip(task.names, r2(y, predicted, False))}
+    return results
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def newest_checkpoint():
+    """The checkpoint under runs/ that was written last."""
+    found = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
+    if not found:
+        raise ValueError("there is no checkpoint under runs/: train one with `python train.py --demo`, or name one with --checkpoint")
+    return found[-1]
+
+
+def choose_encoder(args):
+    """What --checkpoint and --features name: (encoder, its name, a key for the cache, the folder for its results)."""
+    if args.features:
+        return args.features, args.features, "1", Path("runs/baselines")
+    if args.checkpoint == "random":
+        torch.manual_seed(args.seed)
+        name = f"random-{args.size}-{args.patch or 'hybrid'}"
+        return Myna(Config(args.size, args.patch or "hybrid")).eval(), name, f"{name} {args.seed}", Path("runs/baselines")
+    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
+    model = load_model(path, args.patch)
+    print(f"checkpoint {path}: {model.config.size}, {model.config.patch}")
+    folder = path.parent if path.parent.parent == Path("runs") else Path("runs") / path.stem
+    return model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder
+
+
+def embed_files(sources, out, model, per_segment, device, workers):
+    """--embed: vectors of files, or of all audio files below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
+    paths = []
+    for source in map(Path, sources):
+        if not source.exists():
+            raise ValueError(f"{source}: there is no such file or folder")
+        paths += [source / name for name in data._walk(source)] if source.is_dir() else [source]
+    if not paths:
+        raise ValueError("no audio files there")
+    clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
+    features = embed_task(Task("files", "classes", (), clips, (), []), model, device, workers)
+    vectors = torch.cat(list(features.rows.values()), dim=1)
+    owner = features.owner
+    if per_segment:
+        starts = torch.cat([torch.arange(int(count)) for count in torch.bincount(owner)]) * (data.FRAMES * data.HOP / SAMPLE_RATE)
+        extra = {"seconds": starts.numpy()}
+    else:
+        used, owner = owner.unique(return_inverse=True)
+        vectors = torch.zeros(len(used), vectors.shape[1]).index_add_(0, owner, vectors) / torch.bincount(owner)[:, None]
+        owner, extra = used, {}
+    with open(f"{out}.part", "wb") as file:
+        np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in owner]), **extra)
+    os.replace(f"{out}.part", out)
+    print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers from {len(paths) - len(features.left_out)} files")
+    for path, reason in features.left_out:
+        print(f"  left out: {reason}")
+
+
+def command_line():
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
+    parser.add_argument("--task", default="synth-key", help="gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: %(default)s)")
+    parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
+    parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
+    parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
+    parser.add_argument("--checkpoint", help="of train.py or the authors', or 'random' (default: the newest under runs/)")
+    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of --checkpoint random, or of a released file that does not tell")
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of --checkpoint random (default: %(default)s)")
+    parser.add_argument("--features", choices=["mfcc", "chroma"], help="a hand-made representation instead of an encoder")
+    parser.add_argument("--per-segment", action="store_true", help="train on segments and average predictions, as the authors' code does")
+    parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
+    parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
+    parser.add_argument("--embed", nargs="+", metavar="PATH", help="write the embeddings of files or folders instead of probing")
+    parser.add_argument("--out", default="vectors.npz", help="for --embed (default: %(default)s)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: %(default)s)")
+    return parser
+
+
+def check(task):
+    """--check: what the splits hold, against the published numbers."""
+    print(f"{task.name}: {task.kind}, {len(task.names)} outputs ({', '.join(map(str, task.names[:5]))}{', ...' if len(task.names) > 5 else ''})")
+    counts = Counter(clip.split for clip in task.clips)
+    for split in ("train", "valid", "test"):
+        published = f"   published {task.published[split]:6,}" if task.published else ""
+        print(f"  {split:<6}{counts[split]:7,} clips{published}")
+    print(f"  {len(task.missing):,} files that the labels name are missing{': ' + ', '.join(task.missing[:5]) if task.missing else ''}")
+
+
+def probe(args):
+    """What the command line asks for."""
+    if args.embed:
+        encoder = choose_encoder(args)[0]
+        if not isinstance(encoder, Myna):
+            raise ValueError("--embed takes a --checkpoint, not --features")
+        return embed_files(args.embed, args.out, encoder.to(args.device), args.per_segment, args.device, args.workers)
+    task = load_task(args.task, args.data, args.kind)
+    if args.check:
+        return check(task)
+    encoder, name, key, folder = choose_encoder(args)
+    if isinstance(encoder, Myna):
+        encoder.to(args.device)
+    short = Path(task.name).stem
+    features = embed_task(task, encoder, args.device, args.workers, folder / f"features_{short}_{name}.pt", key)
+    quick = (args.grid or ("quick" if task.name.startswith("synth-") else "full")) == "quick"
+    results = probe_task(task, features, QUICK_GRID if quick else GRID, args.per_segment, args.seed, args.device)
+    results |= {"model": name, "grid_name": "quick" if quick else "full", "per_segment": args.per_segment}
+    path = folder / f"probe_{short}_{name}{'-segments' if args.per_segment else ''}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_text(json.dumps(results))
+    os.replace(path.with_suffix(".part"), path)
+
+    primary, (low, high) = METRICS[task.kind][0], results["interval"]
+    clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
+    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
+    print(f"\n{task.name} with {name}: {clips} clips, {tried}")
+    for representation, score in results["valid"].items():
+        mark = "  <- goes on to the test split" if len(results["valid"]) > 1 and representation == results["representation"] else ""
+        print(f"  valid  {primary:<20} {score:7.1%}   {representation}{mark}")
+    for metric, score in results["test"].items():
+        print(f"  test   {metric:<20} {score:7.1%}{f'   95% of resamples: {low:.1%} to {high:.1%}' if metric == primary else ''}")
+    winner = Configuration(**results["winner"])
+    print(f"  winner {'MLP ' + '-'.join(map(str, winner.hidden)) if winner.hidden else 'linear'}, " + ", ".join(f"{k} {v}" for k, v in winner._asdict().items() if k != "hidden"))
+    if results["incomplete"]:
+        print(f"  INCOMPLETE: {len(task.missing)} files missing, {len(features.left_out)} clips unreadable")
+        for _, reason in features.left_out[:10]:
+            print(f"    {reason}")
+    print(f"  {path}")
+
+
+def main():
+    """The command line."""
+    try:
+        probe(command_line().parse_args())
+    except (ValueError, OSError) as error:
+        print(f"probe.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
