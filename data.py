@@ -20,12 +20,14 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
@@ -62,20 +64,21 @@ FOREIGN_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".ape", ".w
 @contextmanager
 def _open_sound(path):
     """An open `soundfile.SoundFile`, with everything that can go wrong as a ValueError naming the file and the cause."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: there is no such file")
+    if os.path.getsize(path) == 0:
+        raise ValueError(f"{path}: the file is empty")
+    convert = f'convert it first: ffmpeg -i "{path}" "{Path(path).with_suffix(".wav")}"'
     try:
-        with soundfile.SoundFile(str(path)) as sound:
+        with soundfile.SoundFile(os.fsencode(path) if os.name == "posix" else str(path)) as sound:
             if not 1_000 <= sound.samplerate <= 1_000_000:
                 raise ValueError(f"{path}: a sample rate of {sound.samplerate} Hz makes no sense for music")
+            if sound.frames > 2**40:  # what libsndfile says of a stream
+                raise ValueError(f"{path}: does not say how long it is, {convert}")
             yield sound
     except (OSError, TypeError, soundfile.SoundFileError) as error:
-        if not os.path.isfile(path):
-            cause = "there is no such file"
-        elif os.path.getsize(path) == 0:
-            cause = "the file is empty"
-        elif Path(path).suffix.lower() in FOREIGN_SUFFIXES:
-            cause = f'libsndfile does not read this format, convert it first: ffmpeg -i "{path}" "{Path(path).with_suffix(".flac")}"'
-        else:
-            cause = "not sound in a format that libsndfile knows, or damaged"
+        foreign = Path(path).suffix.lower() in FOREIGN_SUFFIXES
+        cause = f"libsndfile does not read this format, {convert}" if foreign else "not sound in a format that libsndfile knows, or damaged"
         raise ValueError(f"{path}: {cause}") from error
 
 
@@ -105,8 +108,8 @@ def load_audio(path, offset=0.0, duration=None):
     Reads what libsndfile reads: WAV, FLAC, OGG, MP3, AIFF, AU, ... Returns (samples,) float32, mono, 16 kHz.
     Raises ValueError, naming the file and the cause, when it cannot be read, is empty there, or is not finite.
     """
-    if offset < 0 or (duration is not None and duration <= 0):
-        raise ValueError(f"{path}: offset {offset} s and duration {duration} s must not be negative or empty")
+    if not 0 <= offset < math.inf or (duration is not None and not 0 < duration < math.inf):
+        raise ValueError(f"{path}: offset {offset} s and duration {duration} s must be finite, not negative, and not empty")
     with _open_sound(path) as sound:
         count = -1 if duration is None else round(duration * sound.samplerate)
         block = _read(sound, round(offset * sound.samplerate), count)
@@ -216,8 +219,7 @@ def _embedded_clips(seed, number):
 def _transform(name, clips, arguments, folder):
     """In a worker: one source, clip by clip, into a file of frames. Returns its entry in the index, that file, the seconds read."""
     entry, seconds = {"file": name, "clips": [], "left_out": []}, 0.0
-    part = Path(folder) / f"{os.getpid()}-{time.monotonic_ns()}.part"
-    with open(part, "wb") as out:
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as out:
         try:
             for offset, block, rate in clips(*arguments):
                 wave = _mono_16k(block, rate)
@@ -236,7 +238,7 @@ def _transform(name, clips, arguments, folder):
         except ValueError as error:  # what is left of the file cannot be read; the clips before the break are good
             reason = str(error).removeprefix(f"{arguments[0]}: ")
             entry["left_out"].append([seconds, "unreadable", reason])
-    return entry, part, seconds
+    return entry, Path(out.name), seconds
 
 
 def _start_worker():
@@ -274,8 +276,9 @@ def _build(out, settings, sources, workers):
         entries = _read_index(index_path)
         found, keep = next(entries, (settings, 0))
         if found != settings:
-            differs = ", ".join(f"{k} {found.get(k)!r} and not {v!r}" for k, v in settings.items() if found.get(k) != v)
-            raise ValueError(f"{out} was built with {differs}: delete it, or choose another name")
+            differs = [f"{k} {found.get(k)!r} and not {v!r}" for k, v in settings.items() if found.get(k) != v and k != "names_and_sizes"]
+            differs = ", ".join(differs) or "files of other names or sizes"
+            raise ValueError(f"{out} was built with {differs}: delete it, or build another with `python data.py FOLDER --out NAME`")
         frames = done = 0
         for entry, end in entries:
             if "totals" in entry:
@@ -292,21 +295,29 @@ def _build(out, settings, sources, workers):
 
         started, seconds = time.monotonic(), 0.0
         pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-        with pool, tqdm(total=settings["files"], initial=done, unit="file", desc=str(out), smoothing=0) as bar:
-            jobs = (pool.submit(_transform, *source, out) for source in islice(sources, done, None))
+        with tqdm(total=settings["files"], initial=done, unit="file", desc=str(out), smoothing=0) as bar:
+            jobs = ((source[0], pool.submit(_transform, *source, out)) for source in islice(sources, done, None))
             pending = deque(islice(jobs, 4 * workers))  # enough ahead to keep the workers busy, no more
-            while pending:
-                entry, part, length = pending.popleft().result()
-                pending.extend(islice(jobs, 1))
-                with open(part, "rb") as file:
-                    shutil.copyfileobj(file, mel)
-                mel.flush()  # the frames first, then the line that vouches for them
-                index.write(json.dumps(entry).encode() + b"\n")
-                index.flush()
-                part.unlink()
-                seconds += length
-                bar.set_postfix_str(f"{seconds / 3600:.2f} h of sound, {seconds / (time.monotonic() - started):.0f}x real time", refresh=False)
-                bar.update()
+            try:
+                while pending:
+                    entry, part, length = pending[0][1].result()
+                    pending.popleft()
+                    pending.extend(islice(jobs, 1))
+                    with open(part, "rb") as file:
+                        shutil.copyfileobj(file, mel)
+                    mel.flush()  # the frames first, then the line that vouches for them
+                    index.write(json.dumps(entry).encode() + b"\n")
+                    index.flush()
+                    part.unlink()
+                    seconds += length
+                    speed = seconds / (time.monotonic() - started)
+                    bar.set_postfix_str(f"{seconds / 3600:.2f} h of sound, {speed:.0f}x real time", refresh=False)
+                    bar.update()
+            except BrokenProcessPool as error:
+                suspects = ", ".join(name for name, _ in list(pending)[:workers])
+                raise ValueError(f"a decoding process died; move the file away that it died of, one of {suspects}, and start again") from error
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
 
         totals, entries = Counter(), _read_index(index_path)
         next(entries, None)
@@ -340,7 +351,8 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     names = _walk(folder)
     if not names:
         raise ValueError(f"{audio_dir}: no audio files below this folder (looked for {' '.join(sorted(AUDIO_SUFFIXES))})")
-    listing = "".join(f"{name}\0{os.lstat(folder / name).st_size}\0" for name in names)
+    size = lambda path: path.stat().st_size if path.exists() else 0
+    listing = "".join(f"{name}\0{size(folder / name)}\0" for name in names)
     settings = {
         "source": str(folder),
         "files": len(names),
@@ -438,21 +450,21 @@ PROGRESSIONS = {  # scale degrees, 0 is the tonic
     MAJOR: ((0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (1, 4, 0, 0), (0, 3, 0, 4), (5, 3, 0, 4), (0, 2, 3, 4), (3, 0, 4, 0)),
     MINOR: ((0, 5, 2, 6), (0, 3, 4, 0), (0, 6, 5, 4), (0, 3, 0, 4), (3, 4, 0, 0), (0, 5, 3, 4), (5, 6, 0, 0), (0, 0, 3, 4)),
 }
-_1 = 1 / np.arange(1, 41)
+HARMONIC = 1 / np.arange(1, 41)
 INSTRUMENTS = {  # amplitudes of the harmonics; attack and decay in seconds (decay 0: sustained); depth of vibrato
-    "piano": (_1**1.5, 0.005, 0.9, 0),
-    "guitar": (_1**1.1, 0.003, 0.4, 0),
-    "harp": (_1**2, 0.003, 0.7, 0),
+    "piano": (HARMONIC**1.5, 0.005, 0.9, 0),
+    "guitar": (HARMONIC**1.1, 0.003, 0.4, 0),
+    "harp": (HARMONIC**2, 0.003, 0.7, 0),
     "marimba": (np.array([1, 0, 0, 0.6, 0, 0, 0, 0, 0, 0.2]), 0.002, 0.2, 0),
     "bell": (np.array([1, 0.3, 0.6, 0, 0.4, 0, 0.3, 0, 0, 0.25]), 0.002, 1.2, 0),
     "organ": (np.array([1, 0.9, 0.7, 0.6, 0, 0.4, 0, 0.4]), 0.02, 0, 0),
-    "strings": (_1, 0.12, 0, 0.006),
+    "strings": (HARMONIC, 0.12, 0, 0.006),
     "flute": (np.array([1, 0.4, 0.15, 0.08, 0.03]), 0.06, 0, 0.008),
-    "clarinet": (_1 * (np.arange(40) % 2 == 0), 0.04, 0, 0.002),
-    "brass": (_1 * np.minimum(1, np.arange(1, 41) / 4), 0.05, 0, 0.004),
-    "saw": (_1**0.8, 0.01, 0, 0),
-    "square": (_1**0.9 * (np.arange(40) % 2 == 0), 0.01, 0.8, 0),
-    "bass": (_1**1.7, 0.008, 0.6, 0),
+    "clarinet": (HARMONIC * (np.arange(40) % 2 == 0), 0.04, 0, 0.002),
+    "brass": (HARMONIC * np.minimum(1, np.arange(1, 41) / 4), 0.05, 0, 0.004),
+    "saw": (HARMONIC**0.8, 0.01, 0, 0),
+    "square": (HARMONIC**0.9 * (np.arange(40) % 2 == 0), 0.01, 0.8, 0),
+    "bass": (HARMONIC**1.7, 0.008, 0.6, 0),
 }
 
 
@@ -528,19 +540,21 @@ def _clip(rng):
     sixteenth, bar = 15 / tempo, len(style.chord_rhythm)
     start = -rng.uniform(0, bar) * sixteenth  # the clip is cut out of a piece anywhere
     n = 10 * SAMPLE_RATE
-    wave, highest = np.zeros(n), []
+    wave, pitches, players = np.zeros(n), [], set()
 
-    def play(part, step, sound):
+    def play(level, step, sound):  # returns whether any of it falls into the clip
         late = style.swing * 2 * sixteenth if step % 4 == 2 else 0
         at = int((start + step * sixteenth + late + rng.normal(0, 0.006)) * SAMPLE_RATE)
         sound = sound[max(0, -at) : max(0, n - at)]
         if len(sound):
-            wave[max(0, at) : max(0, at) + len(sound)] += part * rng.uniform(0.7, 1) * sound
+            wave[max(0, at) : max(0, at) + len(sound)] += level * rng.uniform(0.7, 1) * sound
+        return len(sound) > 0
 
-    def tone(part, step, steps, pitch, instrument):  # pitch is a MIDI number
-        highest.append(pitch)
+    def tone(level, step, steps, pitch, instrument):  # pitch is a MIDI number
         frequency = 440 * 2 ** ((pitch - 69 + tuning / 100) / 12)
-        play(part, step, _tone(frequency, max(0.08, steps * sixteenth), instrument, tilt))
+        if play(level, step, _tone(frequency, max(0.08, steps * sixteenth), instrument, tilt)):
+            pitches.append(pitch)
+            players.add(str(instrument))
 
     has = {
         "bass": rng.random() < 0.8,
@@ -555,9 +569,9 @@ def _clip(rng):
     scale, other = (MINOR, MAJOR) if minor else (MAJOR, MINOR)
     progression = PROGRESSIONS[scale][rng.integers(8)]
     turn, walk = int(rng.integers(4)), int(rng.integers(7))
-    half = bar // 2 if tempo < 90 and bar == 16 else bar  # a slow piece changes its chord twice a bar
-    for number in range(int(10 / sixteenth / half) + 2 * bar // half):
-        degree, begin = progression[(number + turn) % 4], number * half
+    span = bar // 2 if tempo < 90 and bar == 16 else bar  # a slow piece changes its chord twice a bar
+    for number in range(int(10 / sixteenth / span) + 2 * bar // span):
+        degree, begin = progression[(number + turn) % 4], number * span
         if number == 0 or rng.random() < 0.5:  # the texture changes: other octaves, other players of the same style
             bass_from, chords_from, arpeggio_from = 24 + rng.integers(24), 40 + rng.integers(32), 48 + rng.integers(36)
             melody_tonic = tonic + 12 * int(rng.integers(4, 7))
@@ -568,8 +582,8 @@ def _clip(rng):
             chord[1] = tonic + 11  # the dominant of harmonic minor
         if rng.random() < 0.25:
             chord.append(tonic + borrowed[(degree + 6) % 7])
-        onsets = lambda rhythm: [s for s in range(begin, begin + half) if rhythm[s % bar] == "x"]
-        length = lambda steps, s: next((later - s for later in steps if later > s), begin + half - s)
+        onsets = lambda rhythm: [s for s in range(begin, begin + span) if rhythm[s % bar] == "x"]
+        length = lambda steps, s: next((later - s for later in steps if later > s), begin + span - s)
 
         steps = onsets(style.chord_rhythm) or [begin]
         for s in steps:
@@ -579,11 +593,11 @@ def _clip(rng):
         for s in steps:
             pitch = chord[0] if s == steps[0] or rng.random() < 0.6 else chord[2]
             tone(level["bass"], s, length(steps, s), bass_from + (pitch - bass_from) % 12, "bass")
-        for s in range(begin, begin + half) if has["arpeggio"] else ():
+        for s in range(begin, begin + span) if has["arpeggio"] else ():
             if s % 2 == 0 or name == "trance":
                 pitch = chord[s % len(chord)]
                 tone(level["arpeggio"], s, 2, arpeggio_from + (pitch - arpeggio_from) % 12, arpeggio_instrument)
-        steps = [s for s in range(begin, begin + half, 2) if rng.random() < 0.55] if has["melody"] else []
+        steps = [s for s in range(begin, begin + span, 2) if rng.random() < 0.55] if has["melody"] else []
         for s in steps:
             walk += int(rng.integers(-2, 3))
             walk = min(max(walk, 0), 13)
@@ -591,7 +605,7 @@ def _clip(rng):
             if rng.random() < 0.35:  # land on the chord
                 pitch = min((c - tonic + 12 * o for c in chord for o in (-1, 0, 1)), key=lambda p: abs(p - pitch))
             tone(level["melody"], s, length(steps, s), melody_tonic + pitch, melody_instrument)
-        for s in range(begin, begin + half) if has["drums"] else ():
+        for s in range(begin, begin + span) if has["drums"] else ():
             for kind in ("kick", "snare", "hat"):
                 rhythm = getattr(style, kind)
                 if rhythm and rhythm[s % bar] == "x":
@@ -604,7 +618,6 @@ def _clip(rng):
     fast, bright, loud = (tempo - 100) / 30, (tilt + 0.05) / 0.145, (loudness + 27) / 5.2  # about -2 to 2
     arousal = np.tanh(0.5 * fast + 0.25 * bright + 0.25 * loud + 0.4 * has["drums"] - 0.2 + rng.normal(0, 0.25))
     valence = np.tanh(0.6 * (1 - 2 * minor) + 0.3 * fast + 0.2 * bright + rng.normal(0, 0.25))
-    players = {chord_instrument} | ({melody_instrument} if has["melody"] else set())
     tags = {
         **has,
         "fast": tempo > 120,
@@ -614,10 +627,10 @@ def _clip(rng):
         "minor": minor,
         "swing": style.swing > 0.15,
         "sustained": bool(players & {"strings", "organ", "saw", "brass", "flute", "clarinet"}),
-        "plucked": bool(players & {"guitar", "harp", "piano"}),
+        "plucked": bool(players & {"guitar", "harp"}),
         "wind": bool(players & {"flute", "clarinet", "brass"}),
         "electronic": bool(players & {"saw", "square"}),
-        "high": np.mean(highest) > 64,
+        "high": np.mean(pitches) > 64,
         "noisy": hiss > -35,
     }
     labels = tonic + 12 * minor, tuple(STYLES).index(name), [float(tags[tag]) for tag in TAGS], (arousal, valence)
@@ -641,8 +654,8 @@ def synthesize(n_clips, seed, first=0):
 
 
 def report(corpus):
-    """Say what is in a corpus, what was left out of it, and what to do with it next."""
-    hours = int(corpus.frames.sum()) * HOP / SAMPLE_RATE / 3600
+    """Say what is in a corpus, and what was left out of it."""
+    hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     left_out = {kind: corpus.totals[kind] for kind in ("unreadable", "too short", "silent") if kind in corpus.totals}
     if left_out:
@@ -651,7 +664,6 @@ def report(corpus):
             unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
             for row in islice(unreadable, 10):
                 print(f"  {row['file']!r} from {float(row['offset']):.1f} s on: {row['reason']}")
-    print(f"next: python train.py --data {corpus.path} --batch {min(256, len(corpus))}")
 
 
 def main():
@@ -669,9 +681,10 @@ def main():
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command goes on where it was.", file=sys.stderr)
-        sys.exit(130)
+        print("\nInterrupted: the same command goes on where it was.", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for the files that the workers are in the middle of
     report(corpus)
+    print(f"next: python train.py --data {corpus.path} --batch {min(256, len(corpus))}")
 
 
 if __name__ == "__main__":

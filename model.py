@@ -164,6 +164,8 @@ class Myna(nn.Module):
 
     def encode(self, mel, patch, kept=None):
         """Mean of the encoder's output tokens: (B, 128, 96) -> (B, D), from the patches `kept` (B, K) or from all."""
+        if mel.shape[1:] != (MEL_BANDS, FRAMES):
+            raise ValueError(f"expected segments (B, {MEL_BANDS}, {FRAMES}), found {tuple(mel.shape)}: data.segments cuts them")
         patches = patchify(mel, patch)  # (B, N, P)
         position = getattr(self, f"position_{patch}")  # (N, D)
         if kept is not None:  # mask first, work later: nothing below sees a dropped patch
@@ -204,7 +206,7 @@ class Myna(nn.Module):
 def similarities(z1, z2):
     """Cosine similarity of every view with every view, itself left out: (B, d) twice -> (2B, 2B) float32, -inf on the diagonal."""
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
-    with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round 1.000 and 0.997 to the same number
+    with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round 1.000 and 0.999 to the same number
         return (z @ z.T).fill_diagonal_(-torch.inf)
 
 
@@ -269,6 +271,8 @@ def read_checkpoint(path):
 
 def _released(weights, path, patch):
     """The authors' released state dict -> its Config, and the weights under this file's names."""
+    if "projector.0.weight" in weights:
+        raise ValueError(f"{path}: expected a checkpoint with its settings, found bare weights; write it with save_model")
     try:
         dim = len(weights["transformer.norm.weight"])
         depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})

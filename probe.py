@@ -63,8 +63,9 @@ def weighted_key_score(targets, predictions):
     same_mode = targets // 12 == predictions // 12
     up = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
     relative = torch.where(targets < 12, 9, 3)  # A minor is nine above C major, C major three above A minor
-    score = torch.where(same_mode, 1.0 * (up == 0) + 0.5 * (up == 7), 0.2 * (up == 0) + 0.3 * (up == relative))
-    return score.double().mean(dim=-1)
+    exact, fifth = (up == 0).double(), (up == 7).double()
+    score = torch.where(same_mode, exact + 0.5 * fifth, 0.2 * exact + 0.3 * (up == relative).double())
+    return score.mean(dim=-1)
 
 
 def _by_column(targets, scores):

@@ -13,6 +13,7 @@ and several processes that share a batch all draw the whole of it and compute th
 
 import argparse
 import datetime
+import importlib.util
 import itertools
 import json
 import math
@@ -28,13 +29,14 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus
+from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, report
 from model import SIZES, Config, Myna, info_nce, keep_tokens, read_checkpoint, save_model, similarities
 
 N_TOKENS = 48  # of either patch shape
-DEMO = {"size": "tiny", "batch": 256, "steps": 700, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
+DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
 
-FREE = ("demo", "epochs", "out", "resume", "save_minutes", "device")  # not stored: they say nothing about the weights
+NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device")  # free to differ each time a run goes on
+FREE = ("steps", "data")  # stored as defaults, and free to differ: a longer run, a corpus that was moved
 
 
 def command_line():
@@ -75,10 +77,10 @@ def read_settings(argv):
         stored = checkpoint["settings"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        differ = [f"--{name.replace('_', '-')} is {value}" for name, value in stored.items() if name != "steps" and getattr(args, name) != value]
+        differ = [f"--{name.replace('_', '-')} is {value}" for name, value in stored.items() if name not in FREE and getattr(args, name) != value]
         if differ:
             raise ValueError(f"{out} goes on with its own settings alone: its {', its '.join(differ)}")
-    elif not args.resume and (out / "log.jsonl").exists():
+    elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
         raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
     args.out = out
     for name in ("batch", "epochs", "steps", "lr", "temperature", "minutes", "save_minutes"):
@@ -87,6 +89,8 @@ def read_settings(argv):
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
     if args.batch < 2:
         raise ValueError("--batch 1: a contrast needs at least two pairs")
+    if args.seed < 0 or args.weight_decay < 0:
+        raise ValueError("--seed and --weight-decay must not be negative")
     keep_tokens(1, N_TOKENS, args.mask)  # complains of a ratio that keeps nothing
     return args, checkpoint
 
@@ -96,9 +100,12 @@ def newest_checkpoint(out):
     paths = [path for path in (out / "checkpoint.pt", out / "checkpoint_before.pt") if path.exists()]
     for path in paths:
         try:
-            return read_checkpoint(path)
+            checkpoint = read_checkpoint(path)
+            if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
+                raise ValueError(f"{path}: a model, but not a checkpoint of training that can go on")
+            return checkpoint
         except ValueError as error:
-            print(f"{error}; trying the one before", file=sys.stderr)
+            print(f"{error}{'; trying the one before' if path is not paths[-1] else ''}", file=sys.stderr)
     if paths:
         raise ValueError(f"{out}: no checkpoint can be read, so the run cannot go on; begin a new one with another --out")
 
@@ -120,7 +127,7 @@ def open_corpus(args, rank):
     else:
         path, build = Path("corpora") / Path(args.data).resolve().name, lambda: build_corpus(args.data, path)
     if build and rank == 0:
-        build()
+        report(build())
     if dist.is_initialized():
         dist.barrier()
     return Corpus(path)
@@ -131,7 +138,9 @@ def choose_clips(corpus, minutes, seed):
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
     if minutes is None:
         return order
-    ends = corpus.frames[order].cumsum(0) * HOP / SAMPLE_RATE / 60
+    ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60
+    if minutes > ends[-1]:
+        print(f"--minutes {minutes:g}: the corpus has {ends[-1]:.0f}, all of them are used")
     chosen = order[: int((ends <= minutes).sum())]
     if len(chosen) < 2:
         raise ValueError(f"--minutes {minutes:g} holds {len(chosen)} clips of this corpus, and a batch needs two at least")
@@ -175,16 +184,19 @@ def one_ahead(function, step):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def memory_needed(size, batch, mask, device):
-    """Bytes that a step takes at its peak, the corpus aside: rounded up from what is kept for the backward pass."""
+def memory_needed(size, batch, mask, world=1):
+    """Bytes that a step of `batch` pairs takes of each of `world` processes at its peak, the corpus aside.
+
+    Counted as if all were float32; with bfloat16 on a GPU it is somewhat less.
+    """
     dim, depth, _, hidden = SIZES[size]
-    number = 2 if device.type == "cuda" else 4  # bytes: bfloat16 or float32
-    tokens = 2 * batch * (N_TOKENS - int(mask * N_TOKENS))
-    activations = tokens * depth * (9 * dim + 2 * hidden) * number
-    segments = 4 * 2 * batch * N_MELS * FRAMES * 2
-    similarity = 4 * (2 * batch) ** 2 * 4
-    weights = 4 * (depth * (4 * dim**2 + 2 * dim * hidden) + 2 * 256 * dim + dim**2) * 4  # with gradients and Adam's two means
-    return activations + segments + similarity + weights
+    views = 2 * batch // world
+    tokens = views * (N_TOKENS - int(mask * N_TOKENS))
+    activations = tokens * depth * (9 * dim + 2 * hidden)  # kept for the backward pass
+    segments = views * N_MELS * FRAMES * 2  # float16 and copies of it: the batch, the next one, its patches
+    similarity = 4 * (2 * batch) ** 2  # every view with every view, and what the loss makes of it
+    weights = 4 * depth * (4 * dim**2 + 2 * dim * hidden)  # with gradients and Adam's two means
+    return 4 * (activations + segments + similarity + weights)
 
 
 def memory_free(device):
@@ -257,17 +269,18 @@ def train(args, checkpoint):
     """The whole run: prepare, say what it will take, loop, save. Returns the signal that ended it early, or None."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and world > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
     say = tqdm.write if rank == 0 else lambda line: None
 
     # 1) the corpus, and how much of it
@@ -277,49 +290,53 @@ def train(args, checkpoint):
     if batch > len(clips):
         if args.minutes is None:
             raise ValueError(f"a batch of {batch} needs as many clips, and {corpus.path} holds {len(clips)}: take --batch {len(clips)} or less")
-        batch = len(clips)
-        say(f"--minutes {args.minutes:g} are {batch} clips: the batch is all of them, not {args.batch}")
+        batch = len(clips) // world * world
+        say(f"--minutes {args.minutes:g}: that is {len(clips)} clips, and the batch shrinks from {args.batch} to {batch}")
     if batch % world:
         raise ValueError(f"a batch of {batch} cannot be shared evenly by {world} processes")
     part = slice(rank * batch // world, (rank + 1) * batch // world)
     per_epoch = len(clips) // batch
-    total = args.epochs * per_epoch if args.epochs else args.steps or 500 * per_epoch
+    total = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
 
     # 2) memory: the step's, and the corpus's when it fits on the GPU
-    needed, free = memory_needed(args.size, batch // world, args.mask, device), memory_free(device)
-    if needed > free:
-        raise ValueError(
-            f"a batch of {batch // world} takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on {device}: take a smaller --batch"
-        )
-    if device.type == "cuda" and needed + corpus.mel.nbytes < 0.9 * free:
+    needed, free = memory_needed(args.size, batch, args.mask, world), memory_free(device)
+    if needed * (1 if on_gpu else world) > free:
+        sizes = f"takes about {needed / 1e9:.1f} GB in each process and {free / 1e9:.1f} GB are free on {device}"
+        raise ValueError(f"a batch of {batch} {sizes}: take a smaller --batch")
+    if on_gpu and needed + corpus.mel.nbytes < 0.9 * torch.cuda.mem_get_info(device)[1]:  # of all there is, the same each time
         corpus.to(device)
 
     # 3) model and optimiser
     torch.manual_seed(args.seed)
     model = Myna(Config(args.size, args.patch, log_mel=args.log_mel)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=on_gpu)
     step = 0  # steps done
+    identity = {**corpus.settings, "clips": len(corpus)}
     if checkpoint:
+        if checkpoint["corpus"] != identity:
+            raise ValueError(f"{args.out} was trained on another corpus, {checkpoint['corpus']['source']}, not on what {corpus.path} holds now")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
-    forward = torch.compile(model) if device.type == "cuda" else model
+    forward = torch.compile(model) if on_gpu and importlib.util.find_spec("triton") else model  # Windows has no Triton
 
     # 4) the log, cut back to the checkpoint
     log_path = args.out / "log.jsonl"
-    settings = {key: value for key, value in vars(args).items() if key not in FREE} | {"steps": total}
+    settings = {key: value for key, value in vars(args).items() if key not in NOT_STORED} | {"steps": total}
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps({"time": time.time(), "settings": {**settings, "clips": len(clips), "device": str(device)}})]
         if checkpoint:
-            old = log_path.read_text().splitlines()
-            lines = old[:1] + [line for line in old[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
+            old = log_path.read_text().splitlines() if log_path.exists() else []
+            lines = (old or lines)[:1] + [line for line in old[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
         (args.out / "log.part").write_text("".join(line + "\n" for line in lines))
         os.replace(args.out / "log.part", log_path)
 
     def save():
+        if not all(p.isfinite().all() for p in model.parameters()):  # the loss would only notice a step later
+            raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; try a smaller --lr")
         newest, before, fresh = args.out / "checkpoint.pt", args.out / "checkpoint_before.pt", args.out / "checkpoint_new.pt"
-        save_model(model, fresh, optimizer=optimizer.state_dict(), step=step, settings=settings)
+        save_model(model, fresh, optimizer=optimizer.state_dict(), step=step, settings=settings, corpus=identity)
         if newest.exists():
             os.replace(newest, before)
         os.replace(fresh, newest)
@@ -328,13 +345,20 @@ def train(args, checkpoint):
 
     # 5) the loop
     stop = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: stop.append(number))
+
+    def told_to_stop(number, frame):
+        if stop:  # for the second time
+            raise KeyboardInterrupt
+        stop.append(number)
+        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, told_to_stop)
+    signal.signal(signal.SIGTERM, told_to_stop)
     draw = lambda at: draw_batch(corpus, clips, batch, at, args, part)
     batches = map(draw, itertools.count(step)) if corpus.mel.is_cuda else one_ahead(draw, step)
-    every = 10 if device.type == "cuda" else 1  # steps between looks at the figures, since a look waits for the GPU
-    begun = step
-    pending, looked, saved = [], time.monotonic(), time.monotonic()
+    every = 10 if on_gpu else 1  # steps between looks at the figures, since a look waits for the GPU
+    pending, looks, estimated = [], 0, False
+    begun = looked = saved = time.monotonic()
     with open(log_path if rank == 0 else os.devnull, "a") as log, tqdm(total=total, initial=step, unit="step", disable=rank > 0) as bar:
         while step < total:
             views, kept = next(batches)
@@ -345,21 +369,22 @@ def train(args, checkpoint):
             if step % every and step < total:
                 continue
 
-            figures, now = torch.stack(pending).cpu(), time.monotonic()
-            broken = (~figures[:, 0].isfinite()).nonzero()
+            seen, now = torch.stack(pending).cpu(), time.monotonic()
+            broken = (~seen[:, 0].isfinite()).nonzero()
             if len(broken):  # before anything is logged or saved
                 at = step - len(pending) + 1 + int(broken[0])
-                raise ValueError(f"the loss of step {at} is not finite: stopped, with the last checkpoint as it was; try a smaller --lr")
-            loss, retrieval = figures.mean(dim=0).tolist()
+                raise ValueError(f"the loss of step {at} is not finite: stopped, checkpoints from before are kept; try a smaller --lr")
+            loss, retrieval = seen.mean(dim=0).tolist()
             speed = batch * len(pending) / (now - looked)
             bar.set_postfix_str(f"epoch {step / per_epoch:.1f}, loss {loss:.3f}, nearest {retrieval:.1%}, {speed:,.0f} pairs/s", refresh=False)
             if rank == 0:
                 figures = {"step": step, "epoch": step / per_epoch, "loss": loss, "retrieval": retrieval, "pairs_per_second": speed}
                 print(json.dumps({"time": time.time(), **figures}), file=log, flush=True)
-            pending, looked = [], now
-            if step == begun + 3 * every and step < total:
+            pending, looked, looks = [], now, looks + 1
+            if not estimated and (looks == 3 or now - begun > 10):  # the first steps are slower than the rest
+                estimated = True
                 left = (total - step) * batch / speed
-                hint = "; python train.py --demo takes minutes" if left > 3600 and device.type == "cpu" else ""
+                hint = "; python train.py --demo takes minutes" if left > 3600 and not on_gpu else ""
                 say(f"about {duration(left)} to go at {speed:,.0f} pairs/s{hint}")
 
             if world > 1:  # all stop at the same step, whoever was told to
@@ -386,7 +411,7 @@ def train(args, checkpoint):
     if looks:
         last = looks[-20:]
         mean = lambda key: sum(look[key] for look in last) / len(last)
-        say(f"loss      {looks[0]['loss']:.2f} at the start, {mean('loss'):.2f} at the end; ln(2B - 1) = {math.log(2 * batch - 1):.2f} is knowing nothing")
+        say(f"loss      {looks[0]['loss']:.2f} at the start, {mean('loss'):.2f} at the end; {math.log(2 * batch - 1 - args.decoupled):.2f} is knowing nothing")
         say(f"nearest   {mean('retrieval'):.1%} of the views have their partner as the nearest of {2 * batch - 1:,} others; chance is {1 / (2 * batch - 1):.2%}")
         say(f"next      python probe.py --task synth-key --checkpoint {args.out / 'checkpoint.pt'}")
 
@@ -398,8 +423,12 @@ def main():
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # before the first step
-        sys.exit(130)
+    except torch.OutOfMemoryError as error:
+        print(f"train.py: the GPU's memory is full ({str(error).splitlines()[0]}): take a smaller --batch", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nInterrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for what threads and workers are in the middle of
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(128 + stopped if stopped else 0)

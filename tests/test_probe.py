@@ -1,0 +1,850 @@
+"""probe.py: metrics against counting, the grid against probes that train alone, features against their definitions."""
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import data
+import probe
+from model import Config, Myna, save_model
+from probe import Configuration, accuracy, average_precision, fit_grid, load_task, r2, roc_auc, weighted_key_score
+
+ROOT = Path(__file__).parent.parent
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def slow_auc(targets, scores):
+    pairs = [(p, n) for p in scores[targets == 1] for n in scores[targets == 0]]
+    return sum(1.0 if p > n else 0.5 if p == n else 0.0 for p, n in pairs) / len(pairs) if pairs else math.nan
+
+
+def slow_precision(targets, scores):
+    area, recall_before = 0.0, 0.0
+    for threshold in sorted(set(scores.tolist()), reverse=True):
+        chosen = targets[scores >= threshold]
+        recall = chosen.sum() / max(1, targets.sum())
+        area += (recall - recall_before) * chosen.mean()
+        recall_before = recall
+    return area
+
+
+def labels_and_scores(seed, ties):
+    rng = np.random.default_rng(seed)
+    targets = (rng.random((40, 6)) < 0.3).astype(float)
+    targets[:, 1], targets[:, 2] = 0, 1  # tags that nothing has, that everything has
+    scores = rng.standard_normal((3, 40, 6))
+    return targets, np.round(scores) if ties else scores
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auc_and_average_precision_count_pairs_and_steps(ties):
+    targets, scores = labels_and_scores(1, ties)
+    auc, ap = roc_auc(targets, scores), average_precision(targets, scores)
+    assert auc.shape == ap.shape == (3,) and auc.dtype == torch.float64
+    for s in range(3):
+        slow = [slow_auc(targets[:, t], scores[s, :, t]) for t in range(6)]
+        assert auc[s].item() == pytest.approx(np.nanmean(slow), abs=1e-12)
+        assert roc_auc(targets, scores[s], average=False).tolist() == pytest.approx(slow, abs=1e-12, nan_ok=True)
+        slow = [slow_precision(targets[:, t], scores[s, :, t]) for t in range(6)]
+        assert ap[s].item() == pytest.approx(np.mean(slow), abs=1e-12)
+        assert average_precision(torch.tensor(targets), torch.tensor(scores[s]), average=False).tolist() == pytest.approx(slow, abs=1e-12)
+    assert roc_auc(np.ones((4, 1)), np.zeros((4, 1))).isnan()
+    assert roc_auc(targets, np.zeros((40, 6))).item() == 0.5
+    assert roc_auc(targets[:, :1], targets[:, :1]).item() == average_precision(targets[:, :1], targets[:, :1]).item() == 1
+
+
+def test_r2_is_the_formula():
+    rng = np.random.default_rng(2)
+    y, p = rng.standard_normal((30, 2)), rng.standard_normal((4, 30, 2))
+    slow = [[1 - sum((y[:, t] - p[s, :, t]) ** 2) / sum((y[:, t] - y[:, t].mean()) ** 2) for t in range(2)] for s in range(4)]
+    assert r2(y, p).tolist() == pytest.approx([sum(row) / 2 for row in slow], abs=1e-12)
+    assert r2(y, p[0], average=False).tolist() == pytest.approx(slow[0], abs=1e-12)
+    assert r2(y[:, 0], p[0, :, 0]).item() == pytest.approx(slow[0][0], abs=1e-12)
+    constant = np.ones((5, 1))
+    assert r2(constant, constant).item() == 1 and r2(constant, constant + 0.1).item() == 0
+
+
+def test_key_score_is_mirex():
+    names = "C Db D Eb E F Gb G Ab A Bb B".split()
+    number = {name: 12 * minor + names.index(tonic) for tonic in names for minor, name in enumerate((f"{tonic} major", f"{tonic} minor"))}
+    for target, estimate, score in [
+        ("C major", "C major", 1), ("C major", "G major", 0.5), ("G major", "C major", 0), ("C major", "A minor", 0.3),
+        ("A minor", "C major", 0.3), ("C major", "C minor", 0.2), ("C minor", "C major", 0.2), ("E minor", "B minor", 0.5),
+        ("B minor", "E minor", 0), ("Eb minor", "Gb major", 0.3), ("Bb major", "F major", 0.5), ("C major", "E minor", 0),
+    ]:  # fmt: skip
+        assert weighted_key_score([number[target]], [number[estimate]]).item() == score, (target, estimate)
+    everything = torch.arange(24)
+    total = sum(weighted_key_score(everything, torch.full((24,), k)).item() for k in range(24))
+    assert total == pytest.approx(1 + 0.5 + 0.3 + 0.2)  # each target has one right, one fifth, one relative, one parallel
+    both = torch.stack([everything, (everything + 12) % 24])
+    assert weighted_key_score(everything, both).tolist() == pytest.approx([1, 0.2])
+    assert accuracy(everything, both).tolist() == [1, 0]
+    assert accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 4])).item() == 0.75
+
+
+# --- the grid --------------------------------------------------------------------------------------------------------
+
+
+def toy(kind, n=70, features=12, outputs=4, seed=0):
+    """Training and validation rows whose targets a probe can learn to some degree."""
+    g = generator(seed)
+    centre = 2 * torch.randn(outputs, features, generator=g)
+    splits = []
+    for size in (n, 40):
+        x = torch.randn(size, features, generator=g)
+        y = torch.randint(outputs, (size,), generator=g)
+        x = x + centre[y]
+        if kind == "tags":
+            y = (x @ centre.T / 4 + torch.randn(size, outputs, generator=g) > 0).float()
+        elif kind == "regression":
+            y = x @ centre.T / 8 + torch.randn(size, outputs, generator=g)
+        splits.append((3 * x + 5, y))
+    return splits
+
+
+def alone(c, train, valid, kind, outputs, seed=0):
+    """One configuration as a page of PyTorch: nn.Linear, torch's Adam, a loop."""
+    (x, y), (valid_x, valid_y), n = train, valid, len(train[0])
+    draws = generator(seed)
+    mean, deviation = (x.mean(0), x.std(0, correction=0)) if c.standardise else (0, 1)
+    x, valid_x = (x - mean) / deviation, (valid_x - mean) / deviation
+    layers = []
+    for a, b in itertools.pairwise((x.shape[1], *c.hidden, outputs)):
+        layer, first = torch.nn.Linear(a, b), (torch.rand(a + 1, b, generator=draws) * 2 - 1) / a**0.5
+        layer.weight.data, layer.bias.data = first[:-1].T.clone(), first[-1].clone()
+        layers.append(layer)
+    optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters()], lr=c.lr, weight_decay=c.l2)
+
+    def forward(h, train):
+        for i, layer in enumerate(layers):
+            if train:
+                h = h * (torch.rand(h.shape, generator=draws) >= c.dropout) / (1 - c.dropout)
+            h = layer(h)
+            h = h.relu() if i < len(layers) - 1 else h
+        return h
+
+    loss = {"classes": torch.nn.functional.cross_entropy, "key": torch.nn.functional.cross_entropy,
+            "tags": torch.nn.functional.binary_cross_entropy_with_logits, "regression": torch.nn.functional.mse_loss}[kind]  # fmt: skip
+    best, at, step = -math.inf, 0, 0
+    while True:
+        if step % 8 == 0:
+            with torch.no_grad():
+                out = forward(valid_x, False)
+            score = {"classes": lambda: (out.argmax(1) == valid_y).double().mean().item(), "tags": lambda: roc_auc(valid_y, out.sigmoid()).item(),
+                     "regression": lambda: r2(valid_y, out).item()}[kind]()  # fmt: skip
+            if score > best:
+                best, at, kept = score, step, forward(valid_x, False).detach()
+            if step - at >= 256 * 8:
+                return best, at, kept
+        rows = torch.randperm(n, generator=draws)[: min(c.batch, n)]
+        optimizer.zero_grad()
+        loss(forward(x[rows], True), y[rows]).backward()
+        optimizer.step()
+        step += 1
+
+
+@pytest.mark.parametrize("kind, hidden", [("classes", ()), ("tags", (9,)), ("regression", (8, 5)), ("classes", (16,))])
+def test_each_probe_of_a_stack_is_what_it_would_be_alone(kind, hidden):
+    train, valid = toy(kind)
+    configurations = [
+        Configuration(True, hidden, 32, 1e-2, 0.5, 0.0),
+        Configuration(False, hidden, 32, 1e-3, 0.25, 1e-3),
+        Configuration(True, hidden, 32, 3e-3, 0.0, 1e-4),
+        Configuration(True, hidden, 256, 1e-2, 0.25, 0.0),  # a batch larger than the split
+    ]
+    together = fit_grid(configurations, train, valid, kind, 4)
+    assert [p.configuration for p in together] == configurations
+    for c, found in zip(configurations, together):
+        best, at, outputs = alone(c, train, valid, kind, 4)
+        if found.step == at:  # rounding may move the best of equals, or of near equals, to another look
+            assert (found(valid[0]) - outputs).abs().max() < 2e-3 * outputs.abs().max()
+        assert found.valid == pytest.approx(best, abs=2e-3)
+    steps = {p.step for p in together}
+    assert len(steps) > 1  # they stopped at different times, and the stack went on without them
+
+
+def test_the_same_probe_comes_from_any_stack():
+    train, valid = toy("classes")
+    chosen = [c for c in probe.GRID if c.batch == 64 and c.hidden == () and c.lr == 1e-3]
+    together, single = fit_grid(chosen, train, valid, "classes", 4), fit_grid(chosen[5:6], train, valid, "classes", 4)[0]
+    assert together[5].step == single.step and together[5].valid == single.valid
+    assert torch.allclose(together[5].layers[0][0], single.layers[0][0], atol=1e-5)
+
+
+def test_a_probe_reports_the_score_of_the_weights_it_keeps():
+    train, valid = toy("tags")
+    for found in fit_grid(probe.QUICK_GRID[::5], train, valid, "tags", 4):
+        assert roc_auc(valid[1], found(valid[0]).sigmoid()).item() == pytest.approx(found.valid, abs=1e-6)
+
+
+def test_owners_are_scored_by_the_mean_of_their_rows():
+    outputs = torch.randn(2, 6, 3, generator=generator(1))
+    owner = torch.tensor([0, 0, 1, 2, 2, 2])
+    averaged = probe.probabilities("classes", outputs, owner, 3)
+    assert torch.allclose(averaged[1, 2], outputs[1, 3:].softmax(-1).mean(0)) and torch.allclose(averaged[0, 1], outputs[0, 2].softmax(-1))
+
+
+def test_the_grid_is_appendix_c():
+    assert len(set(probe.GRID)) == 216 and len(set(probe.QUICK_GRID)) == 24 and set(probe.QUICK_GRID) <= set(probe.GRID)
+    for name, values in {
+        "standardise": {False, True}, "hidden": {(), (512,)}, "batch": {64, 256}, "lr": {1e-5, 1e-4, 1e-3},
+        "dropout": {0.25, 0.5, 0.75}, "l2": {0, 1e-4, 1e-3},
+    }.items():  # fmt: skip
+        assert {getattr(c, name) for c in probe.GRID} == values
+
+
+def test_bootstrap_interval_covers_what_it_should():
+    y = torch.cat([torch.zeros(300), torch.ones(100)]).long()
+    outputs = torch.tensor([1.0, 0.0]).expand(400, 2)  # always class 0: accuracy 0.75, standard error 0.0217
+    low, high = probe.bootstrap("classes", y, outputs, "accuracy")
+    assert low == pytest.approx(0.75 - 1.96 * 0.02165, abs=0.01) and high == pytest.approx(0.75 + 1.96 * 0.02165, abs=0.01)
+
+
+# --- features --------------------------------------------------------------------------------------------------------
+
+
+def test_mfcc_is_the_definition():
+    wave = data.synthesize(1, 4)[0][0, :40_000]
+    mel = data.mel_spectrogram(wave / wave.abs().max()).double().numpy()
+    level = 10 * np.log10(np.maximum(mel, 1e-10))
+    level = np.maximum(level, level.max() - 80)
+    coefficients = np.zeros((20, mel.shape[1]))
+    for k in range(20):
+        for m in range(128):
+            coefficients[k] += level[m] * math.cos(math.pi * k * (2 * m + 1) / 256) * math.sqrt((1 if k == 0 else 2) / 128)
+    first, second = np.diff(coefficients), np.diff(np.diff(coefficients))
+    expected = np.concatenate([f(x, axis=1) for x in (coefficients, first, second) for f in (np.mean, np.std)])
+    found = probe.mfcc(wave).numpy()
+    assert found.shape == (120,) and np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
+    assert np.allclose(probe.mfcc(0.01 * wave), found, atol=0.05)  # the sound is peak-normalised
+
+
+@pytest.mark.parametrize("pitch", range(48, 84, 5))
+def test_chroma_hears_the_pitch_class_in_any_octave(pitch):
+    t = torch.arange(32_000) / 16_000
+    wave = sum(0.5**h * torch.sin(2 * torch.pi * 440 * 2 ** ((pitch - 69) / 12) * 2**h * t) for h in range(3))
+    found = probe.chroma(wave)
+    assert found.shape == (72,) and found[:12].argmax() == pitch % 12
+    assert found[12:].isfinite().all()
+    assert probe.chroma(torch.zeros(100)).isfinite().all() and probe.mfcc(torch.zeros(100)).isfinite().all()
+
+
+# --- the labelled data sets, against the rules worked out by hand or slowly --------------------------------------------
+
+
+def sound(path, seconds=0.5, rate=8000):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.1 * np.sin(np.arange(int(seconds * rate)) * 0.1)
+    soundfile.write(path, wave, rate, format={".mp3": "MP3", ".au": "AU", ".wav": "WAV"}[path.suffix])
+
+
+def text(path, content, encoding="utf-8"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode(encoding))
+
+
+def sha1(name):
+    return int.from_bytes(hashlib.sha1(name.encode("utf-8")).digest(), "big")
+
+
+def found(pattern, *conditions):
+    """The first name of a pattern such as 'Ólafur {}' that fulfils all conditions, tried with letters only."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    names = (pattern.format(a + b + c) for a in letters for b in letters for c in letters)
+    return next(name for name in names if all(condition(name) for condition in conditions))
+
+
+def splits(task):
+    return dict(Counter(clip.split for clip in task.clips))
+
+
+# --- GTZAN -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder, suffix", [("genres", ".au"), ("genres_original", ".wav"), ("Data/genres_original", ".wav")])
+def test_gtzan(tmp_path, folder, suffix):
+    for name in ("blues/blues.00029", "blues/blues.00030", "rock/rock.00099", "hiphop/hiphop.00000", "jazz/jazz.00001"):
+        sound(tmp_path / folder / f"{name}{suffix}")
+    text(tmp_path / "Data/images_original/blues/blues00029.png", "")
+    text(tmp_path / "__MACOSX/genres/blues/._blues.00029.wav", "")
+    text(tmp_path / "lists/train_filtered.txt", "blues/blues.00029.wav\nrock/rock.00099.wav\nblues/blues.00077.wav\n")
+    text(tmp_path / "lists/valid_filtered.txt", "hiphop/hiphop.00000.wav\r\n")
+    text(tmp_path / "lists/test_filtered.txt", "jazz/jazz.00001.wav")  # blues.00030 is in none of the three: left out as faulty
+    task = load_task("gtzan", tmp_path)
+    assert (task.name, task.kind, task.metrics, task.per_group) == ("gtzan", "classes", ("accuracy",), False)
+    assert task.names == ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
+    seen = [(clip.path.stem, clip.label, clip.split, clip.offset, clip.duration) for clip in task.clips]
+    assert seen == [
+        ("blues.00029", 0, "train", 0, None),
+        ("rock.00099", 9, "train", 0, None),
+        ("hiphop.00000", 4, "valid", 0, None),
+        ("jazz.00001", 5, "test", 0, None),
+    ]
+    assert all(clip.path.suffix == suffix and clip.path.is_file() for clip in task.clips)
+    assert task.missing == ["blues/blues.00077.wav"]
+    assert task.published == {"train": 443, "valid": 197, "test": 290}
+
+
+def test_gtzan_says_what_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder.*marsyas.*coreyker/dnn-mgr.*genres/blues"):
+        load_task("gtzan", tmp_path / "nowhere")
+    text(tmp_path / "train_filtered.txt", "blues/blues.00029.wav\n")
+    text(tmp_path / "valid_filtered.txt", "blues/blues.00030.wav\n")
+    with pytest.raises(ValueError, match=r"no test_filtered.txt below this folder.*coreyker") as error:
+        load_task("gtzan", tmp_path)
+    assert "train_filtered.txt below" not in str(error.value) and "\n" not in str(error.value)
+    text(tmp_path / "test_filtered.txt", "")
+    with pytest.raises(ValueError, match=r"no sound that the labels name, such as \['blues/blues.00029.wav'\]"):
+        load_task("gtzan", tmp_path)
+    text(tmp_path / "test_filtered.txt", "polka/polka.00001.wav")
+    with pytest.raises(ValueError, match="test_filtered.txt: 'polka/polka.00001.wav'"):
+        load_task("gtzan", tmp_path)
+
+
+# --- MagnaTagATune -----------------------------------------------------------------------------------------------------
+
+
+def test_mtt(tmp_path):
+    """188 tags; tag 180 - i is the i-th most frequent but for ties and for those that only corrupt and missing clips have."""
+    tags = ["no voice", "zither"] + [f"tag {i}" for i in range(2, 188)]
+    folders = "0123456789abcdef"
+    clips = []  # id, folder, artist, tags
+    for i in range(64):
+        chosen = {f"tag {180 - k}" for k in range(48) if i <= 48 - k}  # tag 180 in 49 clips, 179 in 48, ... tag 133 in 2
+        chosen |= {"tag 20", "zither", "tag 10"} if i == 50 else set()  # a tie, and there is room for one
+        clips.append((str(2 + i), folders[i % 16], chosen))
+    clips[60] = ("60000", "d", {"tag 100"})  # this one's sound is not there
+    for number in ("35644", "55753", "57881"):
+        clips.insert(7, (number, "8", {"tag 100"}))  # with the missing clip: tag 100 is there 4 times
+    clips[30] = (clips[30][0], clips[30][1], set())  # a clip without any tag
+    root = tmp_path / "magnatagatune"
+    sound(tmp_path / "one.mp3", 0.3)
+    root.mkdir()
+    with open(root / "annotations_final.csv", "w", newline="") as file:
+        table = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        table.writerow(["clip_id", *tags, "mp3_path"])
+        for k, (number, folder, chosen) in enumerate(clips):
+            path = f"{folder}/zoë_{'x' if k % 2 else 'y'}-album-0{k // 32}-a_song_1-29-58-{29 * k}-{29 * k + 29}.mp3"
+            clips[k] += (path,)
+            table.writerow([number, *("1" if tag in chosen else "0" for tag in tags), path])
+            if number != "60000":
+                (root / folder).mkdir(exist_ok=True)
+                os.link(tmp_path / "one.mp3", root / path)
+    text(root / "clip_info_final.csv", '"clip_id"\t"track_number"\t"title"\t"artist"\n')
+
+    task = load_task("mtt", tmp_path)
+    count = Counter(tag for _, _, chosen, _ in clips for tag in chosen)
+    slow = [tag for n in range(100, 0, -1) for tag in tags if count[tag] == n][:50]
+    assert slow[-1] == "zither" and "tag 100" in slow and "tag 20" not in slow  # the folder is as it is meant to be
+    assert (task.kind, task.metrics, task.names) == ("tags", ("roc_auc", "average_precision"), tuple(slow))
+    kept = [clip for clip in clips if clip[0] not in ("35644", "55753", "57881", "60000")]
+    assert [str(clip.path.relative_to(root)) for clip in task.clips] == [path for *_, path in kept]
+    assert [clip.label for clip in task.clips] == [[float(tag in chosen) for tag in slow] for _, _, chosen, _ in kept]
+    assert sum(not any(clip.label) for clip in task.clips) >= 1
+    for clip, (_, folder, _, path) in zip(task.clips, kept):
+        assert clip.split == ("valid" if folder == "c" else "test" if folder in ("d", "e", "f") else "train")
+        assert path.startswith(clip.group + "-") and clip.group.endswith("a_song_1-29-58")
+    assert set(splits(task)) == {"train", "valid", "test"}
+    assert task.missing == [path for number, _, _, path in clips if number == "60000"]
+    assert sum(task.published.values()) == 25_860
+
+
+# --- GiantSteps --------------------------------------------------------------------------------------------------------
+
+
+def is_valid(name):
+    return sha1(name.strip().lower()) % 116 >= 100
+
+
+def is_train(name):
+    return not is_valid(name)
+
+
+def giantsteps(root, tracks, keys, test, length=30.5):
+    """The two publishers' folders. tracks: (id, artists); keys: (id, key, confidence); test: (id, what its file says)."""
+    mtg, key = root / "giantsteps-mtg-key-dataset", root / "giantsteps-key-dataset"
+    lines = ["ID\tARTIST\tTITLE\tGENRE", *(f"{i}\t{artists}\tA Song, 12\" cut\tTechno" for i, artists in tracks)]
+    text(mtg / "annotations/beatport_metadata.txt", "\r\n".join(lines) + "\r\n")
+    lines = ["ID\tMANUAL KEY\tC\t", *("\t".join(row) + "\t" for row in keys)]
+    text(mtg / "annotations/annotations.txt", "\n".join(lines) + "\n")
+    for i, name in test:
+        text(key / f"annotations/key/{i}.LOFI.key", name)
+    sound(root / "one.mp3", length)
+    for folder, ids in ((mtg / "audio", [i for i, *_ in keys]), (key / "audio", [i for i, _ in test])):
+        folder.mkdir(parents=True, exist_ok=True)
+        for i in ids:
+            os.link(root / "one.mp3", folder / f"{i}.LOFI.mp3")
+    return mtg, key
+
+
+def slow_giantsteps_split(tracks):
+    """{id: split} straight from the words of FACTS.md, with lists and flags."""
+    names = [(i, [name.strip().lower() for name in artists.split(",")]) for i, artists in tracks]
+    flag = {name: is_valid(name) for _, group in names for name in group}
+    for _ in range(2):
+        for _, group in names:
+            if any(flag[name] for name in group):
+                for name in group:
+                    flag[name] = True
+    return {i: "valid" if any(flag[name] for name in group) else "train" for i, group in names}
+
+
+def test_giantsteps_splits(tmp_path):
+    """Who is valid spreads over shared tracks: two passes over the whole file, in its order, updating as it goes."""
+    raw = lambda name: sha1(name) % 116 >= 100
+    latin = lambda name: int(hashlib.sha1(name.lower().encode("latin-1")).hexdigest(), 16) % 116 >= 100
+    ascii_only = lambda name: sha1(name.lower().encode("ascii", "ignore").decode()) % 116 >= 100
+    a = found("ÓLAFUR Þ{}", is_valid, lambda n: not raw(n), lambda n: not latin(n), lambda n: not ascii_only(n))
+    b, c, d, e, f, g, h, lonely = (found(f"Artist {letter} {{}}", is_train) for letter in "BCDEFGHL")
+    first = found("First {}", lambda n: sha1(n.lower()) % 116 == 100)
+    last = found("Last {}", lambda n: sha1(n.lower()) % 116 == 99)
+    tracks = [
+        ("1", f"{d}, {c}"),  # c becomes valid in the second pass, one row too late for d: in train, but not this track
+        ("2", f"{c},{b}"),
+        ("3", f"{b.upper()} , {a}"),  # names are compared in lower case
+        ("4", f"{a.lower()},{e}"),
+        ("5", f"{e}, {f}"),  # and down the file the first pass does it all
+        ("6", f"{f}, {g}"),
+        ("7", f"{g}, {h}"),
+        *((str(10 + i), artist) for i, artist in enumerate((a, b, c, d, e, f, g, h, lonely, first, last))),
+    ]
+    unused = {"3", "4"}  # tracks without a key spread it too
+    keys = [(i, "C major", "2") for i, _ in tracks if i not in unused]
+    giantsteps(tmp_path, tracks, keys, [("900", "C major")])
+    task = load_task("giantsteps", tmp_path)
+    split = {clip.group: clip.split for clip in task.clips}
+    assert split == {i: s for i, s in slow_giantsteps_split(tracks).items() if i not in unused} | {"900": "test"}
+    assert split == {
+        **dict.fromkeys(("1", "2", "5", "6", "7", "10", "11", "12", "14", "15", "16", "17", "19"), "valid"),
+        **{"13": "train", "18": "train", "20": "train", "900": "test"},
+    }
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_giantsteps_splits_at_random(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    names = [found(f"Ärtist {i}{{}}", is_valid if i % 9 == 0 else is_train) for i in range(60)]
+    tracks = [(str(i), ", ".join(rng.choice(names, rng.choice((1, 1, 2, 3)), replace=False))) for i in range(60)]
+    giantsteps(tmp_path, tracks, [(i, "A minor", "2") for i, _ in tracks], [("900", "C major")])
+    split = {clip.group: clip.split for clip in load_task("giantsteps", tmp_path).clips}
+    assert split == slow_giantsteps_split(tracks) | {"900": "test"} and len(set(split.values())) == 3
+
+
+def test_giantsteps_labels_and_clips(tmp_path):
+    keys = [("11", "D# minor", "2"), ("12", " Bb major ", " 2"), ("13", "C major", "1"), ("14", "F# minor / A major", "2")]
+    keys += [("15", "C# major", "2"), ("16", "B minor", "2"), ("17", "E major", "")]
+    root = tmp_path / "datasets" / "giantsteps-master"
+    test = [("91", "G# minor\n"), ("92", "Gb major"), ("93", "A\tminor"), ("94", "C minor")]
+    mtg, key = giantsteps(root, [(i, "Somebody") for i, *_ in keys if i != "16"], keys, test, length=61)
+    text(mtg / "annotations/key/11.LOFI.key", "C major")  # of the training set: no test song
+    text(key / "annotations/genre/91.LOFI.genre", "techno")
+    text(key / "annotations/key/._91.LOFI.key", "\0\5\x16")  # what a Mac leaves behind
+    for path, seconds in ((mtg / "audio/12.LOFI.mp3", 121), (key / "audio/91.LOFI.mp3", 12)):
+        path.unlink()
+        sound(path, seconds)
+    (mtg / "audio/15.LOFI.mp3").unlink()
+    (key / "audio/92.LOFI.mp3").unlink()
+    (key / "audio/94.LOFI.mp3").unlink()
+    text(key / "audio/94.LOFI.mp3", "no sound at all")
+    task = load_task("giantsteps", tmp_path)
+    assert (task.kind, task.names, task.metrics) == ("key", data.KEYS, ("weighted_key_score", "accuracy"))
+    assert task.per_group and task.published == {"train": 3687, "valid": 942, "test": 2406}
+    seen = {}
+    for clip in task.clips:
+        assert clip.duration == 30 and clip.path.name == f"{clip.group}.LOFI.mp3"
+        seen.setdefault((clip.group, data.KEYS[clip.label], clip.split == "test"), []).append(clip.offset)
+    assert seen == {
+        ("11", "Eb minor", False): [0, 30],
+        ("12", "Bb major", False): [0, 30, 60, 90],
+        ("16", "B minor", False): [0, 30],
+        ("91", "Ab minor", True): [0],  # shorter than a clip
+        ("93", "A minor", True): [0, 30],
+        ("94", "C minor", True): [0],  # not decodable: embedding will say so
+    }
+    assert sorted(task.missing) == ["15.LOFI.mp3", "92.LOFI.mp3"]
+    text(key / "annotations/key/95.LOFI.key", "H major")
+    with pytest.raises(ValueError, match="95.LOFI.key: 'H major' is not a key"):
+        load_task("giantsteps", tmp_path)
+
+
+def test_giantsteps_needs_both_sets(tmp_path):
+    mtg, key = giantsteps(tmp_path, [("11", "Somebody")], [("11", "C major", "2")], [("91", "C major")])
+    key.rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere/annotations/key").rename(tmp_path / "elsewhere/annotations/genre")
+    with pytest.raises(ValueError, match=r"no annotations/key below .*github.com/GiantSteps.*key-dataset/annotations"):
+        load_task("giantsteps", tmp_path)
+
+
+@pytest.mark.parametrize("name", data.KEYS)
+def test_keys_by_all_their_names(name):
+    tonic, mode = name.split()
+    sharp = {"Db": "C#", "Eb": "D#", "Gb": "F#", "Ab": "G#", "Bb": "A#"}.get(tonic, tonic)
+    for t in (tonic, sharp):
+        short = {"major": ("", "M", ":maj", " maj"), "minor": ("m", ":min", "min", " Minor")}[mode]
+        assert {probe._key(t + s, "") for s in (*short, f" {mode}")} == {data.KEYS.index(name)}
+
+
+# --- emoMusic ----------------------------------------------------------------------------------------------------------
+
+
+def emomusic_split(artist):
+    kept = [" " if c.isspace() else c for c in artist.lower() if c in "abcdefghijklmnopqrstuvwxyz" or c.isspace()]
+    while "  " in (joined := "".join(kept).strip()):
+        kept = list(joined.replace("  ", " "))
+    return "valid" if sha1(joined) % 10 in (8, 9) else "train"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+def test_emomusic(tmp_path, encoding):
+    valid, train = (lambda name: emomusic_split(name) == "valid"), (lambda name: emomusic_split(name) == "train")
+    plain_valid = lambda name: sha1(name) % 10 >= 8
+    spaced_valid = lambda name: plain_valid("".join(c for c in name.lower() if c in "abcdefghijklmnopqrstuvwxyz "))
+    rest = lambda number: lambda name: sha1(name) % 10 == number
+    known = found("The 3 {},  & the Ünknowns!", valid, lambda n: not plain_valid(n), lambda n: not spaced_valid(n))
+    songs = [  # id, artist, title, set, arousal, valence
+        ("2", found("Sigur Rós {}", valid, lambda n: not plain_valid(n.lower())), "Plain", "development", "3.1", "3.0"),
+        ("3", known, '"Get Me Gone", again', "development", "4.4", "6.8"),
+        ("4", found("{}", rest(7)), "Tabbed", "development", "5.7", "5"),
+        ("5", found("mc {}", rest(0)), "Missing", "development", "6.25", "4.5"),
+        ("6", found("dj {}", rest(8)), "Eight, nine", "development", "4.0", "4.0"),
+        ("7", found("X{}", valid), "Test, with a comma", "evaluation", "8.0", "2.5"),
+        ("8", found("Y{}", train), "Test", "evaluation", "1.0", "7.5"),
+    ]
+    folder = tmp_path / "emomusic" / "annotations"
+    header = "song_id,file_name,Artist,Song title,start of the segment (min.sec),end of the segment (min.sec),Genre,"
+    header += "Mediaeval 2013 set "
+    quoted = lambda field: '"' + field.replace('"', '""') + '\t"'
+    rows = [f"{i},{i}.mp3,{quoted(a)}, {quoted(t)},0.25,1.10,Blues\t,{kind} " for i, a, t, kind, *_ in songs]
+    text(folder / "songs_info.csv", "\r\n".join([header, *rows, "9,9.mp3,Nobody,Not annotated,0,1,Pop,development"]), encoding)
+    rows = [f"{i}, {arousal} ,1.5, {valence},1.0" for i, *_, arousal, valence in songs]
+    text(folder / "static_annotations.csv", "\n".join(["song_id, mean_arousal, std_arousal, mean_valence, std_valence", *rows]))
+    for i in ("2", "3", "4", "6", "7", "8", "9"):
+        sound(tmp_path / f"emomusic/clips_45seconds/{i}.mp3")
+    sound(tmp_path / "emomusic/clips_fulllength/5.mp3")  # another publication of it
+    task = load_task("emomusic", tmp_path)
+    assert (task.kind, task.names, task.metrics) == ("regression", ("arousal", "valence"), ("r2", "r2 arousal", "r2 valence"))
+    split = {"2": "valid", "3": "valid", "4": "train", "6": "valid", "7": "test", "8": "test"}
+    assert {clip.group: clip.split for clip in task.clips} == split
+    assert all((clip.path.name, clip.offset, clip.duration) == (f"{clip.group}.mp3", 0, None) for clip in task.clips)
+    assert task.missing == ["clips_45seconds/5.mp3"]
+    numbers = {i: (float(arousal), float(valence)) for i, *_, arousal, valence in songs}
+    development = np.array([numbers[i] for i in ("2", "3", "4", "5", "6")])
+    mean = development.sum(axis=0) / 5
+    deviation = np.sqrt(((development - mean) ** 2).sum(axis=0) / 5)
+    for clip in task.clips:
+        assert np.allclose(clip.label, (np.array(numbers[clip.group]) - mean) / deviation, atol=1e-12)
+    text(folder / "static_annotations.csv", "song_id,mean_arousal,std_arousal,mean_valence\n2,3,1,n/a")
+    with pytest.raises(ValueError, match="static_annotations.csv, line 2: 'n/a' is not a number"):
+        load_task("emomusic", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mtt", "emomusic"])
+def test_a_folder_without_the_tables(tmp_path, name):
+    text(tmp_path / "readme.txt", "")
+    with pytest.raises(ValueError, match=r"below this folder\. .*Where to get it: .*The folder holds: .*csv"):
+        load_task(name, tmp_path)
+    text(tmp_path / "annotations_final.csv", "clip_id\tno voice\n2\t1\n")
+    if name == "mtt":
+        with pytest.raises(ValueError, match="annotations_final.csv: no column 'mp3_path'"):
+            load_task(name, tmp_path)
+
+
+def test_links_are_followed_and_end(tmp_path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("another disk")
+    text(elsewhere / "sound.wav", "")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/genres").symlink_to(elsewhere, target_is_directory=True)
+    text(tmp_path / "a/b/labels.txt", "")
+    (tmp_path / "a/b/up").symlink_to(tmp_path, target_is_directory=True)
+    text(tmp_path / "1/2/3/4/5/deep.txt", "")
+    text(tmp_path / "1/2/3/4/5/6/too_deep.txt", "")
+    files = probe._files(tmp_path)
+    assert files["b/labels.txt"] == files["labels.txt"] == tmp_path / "a/b/labels.txt"
+    assert files["genres/sound.wav"].is_file()
+    assert "deep.txt" in files and "too_deep.txt" not in files
+
+
+# --- the embedded music ------------------------------------------------------------------------------------------------
+
+
+def test_embedded_tasks():
+    for name, kind, names in [
+        ("synth-key", "key", data.KEYS),
+        ("synth-style", "classes", tuple(data.STYLES)),
+        ("synth-tags", "tags", data.TAGS),
+        ("synth-mood", "regression", ("arousal", "valence")),
+    ]:
+        task = load_task(name)
+        assert (task.name, task.kind, task.names, task.missing) == (name, kind, names, [])
+        assert splits(task) == {"train": 600, "valid": 200, "test": 400}
+        assert len({clip.path for clip in task.clips}) == len({clip.group for clip in task.clips}) == 1200
+        seeds = {split: {clip.path[0] for clip in task.clips if clip.split == split} for split in splits(task)}
+        assert len(set().union(*seeds.values())) == 3 and 0 not in set().union(*seeds.values())
+        assert all(clip.label is None for clip in task.clips)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="'gtzam'.*gtzan, mtt, giantsteps, emomusic, synth-key.*csv"):
+        load_task("gtzam")
+    with pytest.raises(ValueError, match="'ranking'.*classes, key, tags, regression"):
+        load_task("labels.csv", kind="ranking")
+
+
+# --- labels.csv --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Writes my.csv from lines, with sound files 0.wav ... 29.wav in the folder clips beside it."""
+    sound(tmp_path / "clips/0.wav", 0.1)
+    for i in range(1, 30):
+        os.link(tmp_path / "clips/0.wav", tmp_path / f"clips/{i}.wav")
+
+    def write(*lines, encoding="utf-8"):
+        text(tmp_path / "my.csv", "\n".join(lines) + "\n", encoding)
+        return tmp_path / "my.csv"
+
+    return write
+
+
+def test_csv_classes(table, tmp_path):
+    lines = ["clips/0.wav,rock,train,a,1.5,3", "clips/1.wav, Jazz ,valid,b,,", '"clips/2.wav","é, b",test,c,0,0.5', ",,,,,"]
+    lines += ["clips/3.wav,rock,train,a", "clips/no.wav,only here,test,c,,"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        task = load_task(table("path,label,split,group,offset,duration", *lines, encoding=encoding))
+        assert (task.name, task.kind, task.metrics) == ("my", "classes", ("accuracy",))
+        assert task.names == ("Jazz", "only here", "rock", "é, b") and task.missing == ["clips/no.wav"]
+        assert task.clips == [
+            (tmp_path / "clips/0.wav", 1.5, 3.0, 2, "train", "a"),
+            (tmp_path / "clips/1.wav", 0.0, None, 0, "valid", "b"),
+            (tmp_path / "clips/2.wav", 0.0, 0.5, 3, "test", "c"),
+            (tmp_path / "clips/3.wav", 0.0, None, 2, "train", "a"),
+        ]
+
+
+def test_csv_of_sound_elsewhere(table, tmp_path):
+    path = table("path,label,split", "0.wav,a,train", "1.wav,b,valid", f"{tmp_path}/clips/2.wav,b,test")
+    assert [clip.path.name for clip in load_task(path, root=tmp_path / "clips").clips] == ["0.wav", "1.wav", "2.wav"]
+    with pytest.raises(ValueError, match="none of its files is there, such as .*x.wav; paths are relative to"):
+        load_task(table("path,label,split", "x.wav,a,train", "y.wav,b,valid", "z.wav,b,test"))
+
+
+def test_csv_other_kinds(table):
+    three = ["clips/0.wav,train", "clips/1.wav,valid", "clips/2.wav,test"]
+    lines = lambda *labels: [f"{line},{label}" for line, label in zip(three, labels)]
+    task = load_task(table("path,split,label", *lines("C# minor", "Am", "Bb")), kind="key")
+    assert (task.kind, task.names, [clip.label for clip in task.clips]) == ("key", data.KEYS, [13, 21, 10])
+    assert task.metrics == ("weighted_key_score", "accuracy")
+    task = load_task(table("path,split,tags", *lines("loud|fast", "", "fast | soft|")))
+    assert (task.kind, task.names, task.metrics) == ("tags", ("fast", "loud", "soft"), ("roc_auc", "average_precision"))
+    assert [clip.label for clip in task.clips] == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
+    task = load_task(table("path,split,label", *lines("loud|fast", "fast", "slow")), kind="tags")
+    assert task.names == ("fast", "loud", "slow")
+    task = load_task(table("path,split,tempo", *lines("100", "120", "150")))
+    assert (task.kind, task.names, task.metrics) == ("regression", ("tempo",), ("r2",))
+    assert np.allclose([clip.label for clip in task.clips], [[-1], [1], [4]])
+    task = load_task(table("path,split,label", *lines("100", "120", "150")), kind="regression")
+    assert task.names == ("label",) and np.allclose(task.clips[2].label, [4])
+    assert load_task(table("path,split,label", *lines("100", "120", "150"))).kind == "classes"
+    task = load_task(table("path,split,x,y,offset,duration,group", *lines("1,5,0,3,g", "2,7,1,3,h", "3,-1e1,2,3,i")))
+    assert task.names == ("x", "y") and task.metrics == ("r2", "r2 x", "r2 y")
+
+
+@pytest.mark.parametrize("expected", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (11, 2, 2), (24, 3, 3)])
+def test_csv_without_splits(table, expected):
+    """80/10/10 of the groups, each whole, none empty, the same whatever the order of the rows and the folder."""
+    groups = sum(expected)
+    lines = [f"clips/{i}.wav,{'ab'[i % 2]},song {i % groups}" for i in range(30)]
+    task = load_task(table("path,label,group", *lines))
+    split_of = {clip.group: clip.split for clip in task.clips}
+    assert all(clip.split == split_of[clip.group] for clip in task.clips) and len(split_of) == groups
+    count = Counter(split_of.values())
+    assert (count["train"], count["valid"], count["test"]) == expected
+    again = load_task(table("path,label,group", *lines[::-1]))
+    assert {clip.group: clip.split for clip in again.clips} == split_of
+
+
+def test_csv_groups_are_files_if_not_said(table):
+    lines = [f"{'./' if i % 2 else ''}clips/{i % 5}.wav,{'ab'[i % 2]},{i / 100}" for i in range(30)]
+    split_of = {}
+    for clip in load_task(table("path,label,offset", *lines)).clips:
+        assert split_of.setdefault(clip.path.name, clip.split) == clip.split
+    assert set(split_of.values()) == {"train", "valid", "test"}
+    said = load_task(table("path,label,split", "clips/0.wav,a,train", "clips/0.wav,b,valid", "clips/0.wav,a,test"))
+    assert [clip.split for clip in said.clips] == ["train", "valid", "test"]  # one's own responsibility
+    paths = [f"clips/{i}.wav" for i in range(30)]
+    one = {clip.group: clip.split for clip in load_task(table("path,label", *(f"{p},{p[-5]}" for p in paths))).clips}
+    order = sorted(paths, key=lambda p: hashlib.sha1(p.encode()).hexdigest())
+    assert one == {p: "test" if i < 3 else "valid" if i < 6 else "train" for i, p in enumerate(order)}
+
+
+GOOD = ("clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test")
+
+
+@pytest.mark.parametrize(
+    "lines, kind, message",
+    [
+        ([""], None, "no column 'path'"),
+        (["path,label,split"], None, "no clips in it"),
+        (["file,label", "clips/0.wav,a"], None, "no column 'path' in the first line, .*'file'"),
+        (["path;label;split", "clips/0.wav;a;train"], None, r"no column 'path' in .*\['path;label;split'\] .*','"),
+        (["path,split", "clips/0.wav,train"], None, "no column 'label', 'tags', or numbers"),
+        (["path,mood,split", *GOOD], "classes", "no column 'label'"),
+        (["path,label,label", *GOOD], None, "the column 'label' is there twice"),
+        (["path,label,split", *GOOD, "clips/3.wav,a,eval"], None, "line 5: the split 'eval' is none of train, valid, test"),
+        (["path,label,split", *GOOD, "clips/3.wav,a,"], None, "line 5: the split '' is none of"),
+        (["path,label,split", *GOOD, "", "clips/3.wav,,train"], None, "line 6: no label"),
+        (["path,label,split", *GOOD, ",a,train"], None, "line 5: no path"),
+        (["path,label,split", *GOOD, "clips/3, live.wav,a,train"], None, "line 5: 4 fields for 3 columns"),
+        (["path,mood,split", *GOOD], None, "line 2, mood: 'a' is not a number"),
+        (["path,x,split", "clips/0.wav,1,train", "clips/1.wav,nan,valid"], None, "line 3, x: 'nan' is not a number"),
+        (["path,x,split", "clips/0.wav,1,train", "clips/1.wav,,valid"], None, "line 3, x: '' is not a number"),
+        (["path,x,split", *["clips/0.wav,.1,train"] * 2, "clips/1.wav,.1,valid", "clips/2.wav,2,test"], None, "one value"),
+        (["path,label,split,offset", "clips/0.wav,a,train,x"], None, "line 2, offset: 'x' is not a number"),
+        (["path,label,split,offset", "clips/0.wav,a,train,-1"], None, "line 2: the offset must not be negative"),
+        (["path,label,split,duration", "clips/0.wav,a,train,0"], None, "line 2: .*the duration be more than 0"),
+        (["path,label,split", *GOOD], "key", "line 2: 'a' is not a key"),
+        (["path,label,split", *GOOD[:2]], None, "no clips for test"),
+        (["path,label", "clips/0.wav,a", "clips/1.wav,b"], None, "no clips for train; .*three groups"),
+        (["path,label,split", *(line.replace(",b", ",a") for line in GOOD)], None, r"nothing to tell apart.*\['a'\]"),
+        (["path,tags,split", "clips/0.wav,,train", "clips/1.wav,,valid", "clips/2.wav,,test"], None, "holds no tag"),
+        (["path,label,split,group", *map(",".join, zip(GOOD, "gjg"))], None, "line 4: test, .* 'g' is in train"),
+        (["path,label,split", *GOOD, '"clips/3.wav,a,train'], None, "not a table in UTF-8"),
+    ],
+)
+def test_csv_with_something_wrong(table, lines, kind, message):
+    with pytest.raises(ValueError, match=f"my.csv.*{message}") as error:
+        load_task(table(*lines), kind=kind)
+    assert "\n" not in str(error.value)
+
+
+def test_csv_that_is_no_text(table, tmp_path):
+    with pytest.raises(ValueError, match="not a table in UTF-8"):
+        load_task(table("path,label,split", "clips/é.wav,a,train", encoding="latin-1"))
+    with pytest.raises(ValueError, match="not a table in UTF-8"):
+        load_task(table("path,label,split", *GOOD, encoding="utf-16"))
+    with pytest.raises(ValueError, match="none.csv: there is no such file"):
+        load_task(tmp_path / "none.csv")
+
+
+# --- the whole stage -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """A folder with 24 tones of two loudness-independent timbres, a corrupt file, a short one, a missing one, and a model."""
+    folder = tmp_path_factory.mktemp("labelled")
+    rng, rows = np.random.default_rng(0), ["path,label,split"]
+    for i in range(24):
+        kind, split = ("tone", "noise")[i % 2], ("train", "train", "valid", "test")[i // 2 % 4]
+        t = np.arange(int(8000 * (4 if i else 0.5))) / 8000  # the first is shorter than a segment
+        wave = np.sin(2 * np.pi * rng.uniform(300, 600) * t) if kind == "tone" else rng.standard_normal(len(t))
+        soundfile.write(folder / f"{i}.wav", 0.1 * wave, 8000)
+        rows.append(f"{i}.wav,{kind},{split}")
+    (folder / "bad.wav").write_text("no sound")
+    (folder / "labels.csv").write_text("\n".join([*rows, "bad.wav,tone,train", "gone.wav,tone,train"]))
+    torch.manual_seed(0)
+    (folder / "runs/small").mkdir(parents=True)
+    save_model(Myna(Config("tiny", "hybrid")), folder / "runs/small/checkpoint.pt")
+    return folder
+
+
+def call(folder, *arguments):
+    return subprocess.run([sys.executable, ROOT / "probe.py", *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=170)
+
+
+def test_from_a_table_of_labels_to_a_result(labelled, monkeypatch, capfd):
+    monkeypatch.chdir(labelled)
+    monkeypatch.setattr(probe, "QUICK_GRID", [c for c in probe.QUICK_GRID if not c.hidden])  # the slow half left out
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["probe.py", "--task", "labels.csv", "--grid", "quick", "--workers", "1", *arguments])
+        probe.main()
+        return capfd.readouterr().out
+
+    said = call()
+    for word in ("runs/small/checkpoint.pt", "24 of the 216", "square", "vertical", "concatenated", "INCOMPLETE: 1 files missing, 1 clips unreadable", "bad.wav"):
+        assert word in said, word
+    results = json.loads((labelled / "runs/small/probe_labels_hybrid.json").read_text())
+    assert results["clips"] == {"train": 12, "valid": 6, "test": 6} and results["incomplete"] and results["missing"] == ["gone.wav"]
+    assert results["test"]["accuracy"] == 1 and results["interval"] == [1, 1] and results["confusion"] == [[3, 0], [0, 3]]
+    assert set(results["valid"]) == {"square", "vertical", "concatenated"} and all(len(g) == 12 for g in results["grid"].values())
+    assert "features from" in call("--per-segment")  # the sound was not read again
+    assert json.loads((labelled / "runs/small/probe_labels_hybrid-segments.json").read_text())["test"]["accuracy"] == 1
+    call("--features", "mfcc")
+    assert (labelled / "runs/baselines/probe_labels_mfcc.json").exists()
+
+
+def test_features_of_a_clip_are_the_mean_of_its_segments(labelled):
+    task = load_task(labelled / "labels.csv")
+    torch.manual_seed(0)
+    model = Myna(Config("tiny", "hybrid"))
+    features = probe.embed_task(task, model, workers=1)
+    x, y = probe.split_rows(task, features, "train", features.rows["vertical"])[:2]
+    clips = [clip for clip in task.clips if clip.split == "train" and clip.path.name != "bad.wav"]
+    assert len(x) == len(clips)
+    for row, label, clip in zip(x, y, clips):
+        mel = data.mel_spectrogram(data.load_audio(clip.path)).half()
+        assert torch.allclose(row, model.embed(data.segments(mel), "vertical").mean(dim=0), atol=1e-4)
+        assert label == clip.label
+    assert features.left_out[0][0].endswith("bad.wav") and "libsndfile" in features.left_out[0][1]
+
+
+def test_just_the_embeddings(labelled):
+    done = call(labelled, "--embed", ".", "--out", "v.npz", "--workers", 1)
+    assert done.returncode == 0 and "bad.wav" in done.stdout, done.stderr
+    with np.load(labelled / "v.npz") as found:
+        assert found["vectors"].shape == (24, 256) and len(found["paths"]) == 24
+        name = str(found["paths"][5])
+        torch.manual_seed(0)
+        mel = data.mel_spectrogram(data.load_audio(labelled / name)).half()
+        expected = Myna(Config("tiny", "hybrid")).embed(data.segments(mel)).mean(dim=0)
+        assert np.allclose(found["vectors"][5], expected, atol=1e-4)
+    assert call(labelled, "--embed", "1.wav", "3.wav", "--out", "s.npz", "--per-segment", "--workers", 1).returncode == 0
+    with np.load(labelled / "s.npz") as found:
+        assert found["vectors"].shape == (2, 256) and found["seconds"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--task", "gtzan"], "Where to get it"),
+        (["--task", "nonsense"], "no task 'nonsense'"),
+        (["--task", "missing.csv"], "missing.csv"),
+        (["--checkpoint", "missing.pt"], "no such checkpoint"),
+        (["--embed", "missing"], "no such file or folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(labelled, arguments, sentence, monkeypatch, capfd):
+    monkeypatch.chdir(labelled)
+    monkeypatch.setattr(sys, "argv", ["probe.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        probe.main()
+    said = capfd.readouterr().err
+    assert left.value.code == 2 and sentence in said and "Traceback" not in said
+
+
+def test_check_counts_without_embedding(labelled, monkeypatch, capfd):
+    monkeypatch.chdir(labelled)
+    monkeypatch.setattr(sys, "argv", ["probe.py", "--task", "labels.csv", "--check"])
+    probe.main()
+    said = capfd.readouterr().out
+    assert "13 clips" in said and "1 files that the labels name are missing: gone.wav" in said
