@@ -57,7 +57,7 @@ FLOAT16_MAX = 65_504.0
 # Sound
 # ----------------------------------------------------------------------------------------------------------------------
 
-AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64"}
+AUDIO_SUFFIXES = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"}
 FOREIGN_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".dsf", ".ac3"}
 
 
@@ -78,7 +78,8 @@ def _open_sound(path):
             yield sound
     except (OSError, TypeError, soundfile.SoundFileError) as error:
         foreign = Path(path).suffix.lower() in FOREIGN_SUFFIXES
-        cause = f"libsndfile does not read this format, {convert}" if foreign else "not sound in a format that libsndfile knows, or damaged"
+        damaged = "not sound in a format that libsndfile knows, or damaged"
+        cause = f"libsndfile does not read this format, {convert}" if foreign else damaged
         raise ValueError(f"{path}: {cause}") from error
 
 
@@ -217,7 +218,7 @@ def _embedded_clips(seed, number):
 
 
 def _transform(name, clips, arguments, folder):
-    """In a worker: one source, clip by clip, into a file of frames. Returns its entry in the index, that file, the seconds read."""
+    """In a worker: one source, clip by clip, into a file of frames. Returns its entry in the index, that file, the seconds."""
     entry, seconds = {"file": name, "clips": [], "left_out": []}, 0.0
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as out:
         try:
@@ -267,18 +268,19 @@ def _build(out, settings, sources, workers):
         raise ValueError(f"{out} exists and is not a corpus: choose another name")
     out.mkdir(parents=True, exist_ok=True)
     with open(index_path, "ab") as index, open(mel_path, "ab") as mel:
-        try:
-            if fcntl:
+        if fcntl:
+            try:
                 fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being built by another process: wait for it, or choose another name") from None
-
+            except BlockingIOError:
+                print(f"{out} is being built by another process; waiting for it", file=sys.stderr)
+                fcntl.flock(index, fcntl.LOCK_EX)
         entries = _read_index(index_path)
         found, keep = next(entries, (settings, 0))
         if found != settings:
-            differs = [f"{k} {found.get(k)!r} and not {v!r}" for k, v in settings.items() if found.get(k) != v and k != "names_and_sizes"]
-            differs = ", ".join(differs) or "files of other names or sizes"
-            raise ValueError(f"{out} was built with {differs}: delete it, or build another with `python data.py FOLDER --out NAME`")
+            other = [name for name in settings if found.get(name) != settings[name] and name != "names_and_sizes"]
+            differs = ", ".join(f"{name} {found.get(name)!r} and not {settings[name]!r}" for name in other)
+            advice = "delete it, or build another with `python data.py FOLDER --out NAME`"
+            raise ValueError(f"{out} was built with {differs or 'files of other names or sizes'}: {advice}")
         frames = done = 0
         for entry, end in entries:
             if "totals" in entry:
@@ -315,7 +317,8 @@ def _build(out, settings, sources, workers):
                     bar.update()
             except BrokenProcessPool as error:
                 suspects = ", ".join(name for name, _ in list(pending)[:workers])
-                raise ValueError(f"a decoding process died; move the file away that it died of, one of {suspects}, and start again") from error
+                advice = f"move the file away that it died of, one of {suspects}, and start again"
+                raise ValueError(f"a decoding process died: {advice}") from error
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
@@ -407,7 +410,8 @@ class Corpus:
         rows = int(self.frames.sum())
         size = (path / "mel.f16").stat().st_size if (path / "mel.f16").is_file() else 0
         if size != rows * N_MELS * 2:
-            raise ValueError(f"{path / 'mel.f16'} holds {size:,} bytes and its index speaks of {rows * N_MELS * 2:,}: build it again")
+            expected = rows * N_MELS * 2
+            raise ValueError(f"{path / 'mel.f16'} holds {size:,} bytes and its index speaks of {expected:,}: build it again")
         with warnings.catch_warnings():  # torch says that it could not write to this; nobody wants to
             warnings.simplefilter("ignore", UserWarning)
             self.mel = torch.from_numpy(np.memmap(path / "mel.f16", np.float16, "r", shape=(rows, N_MELS)))
@@ -486,21 +490,35 @@ class Style(NamedTuple):
 
 # fmt: off
 STYLES = {
-    "house":   Style((112, 134), 0.6, 0.0, ("organ", "saw", "piano"), ("saw", "square"), "..x..x....x..x..", "..x...x...x...x.", 0.3, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
-    "trance":  Style((122, 146), 0.7, 0.0, ("saw", "strings"), ("saw", "square"), "x...............", "..xx..xx..xx..xx", 0.9, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
-    "rock":    Style((96, 150), 0.4, 0.0, ("guitar", "organ"), ("guitar", "saw"), "x.x.x.x.x.x.x.x.", "x.x.x.x.x.x.x.x.", 0.1, "x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x."),
-    "reggae":  Style((66, 96), 0.5, 0.2, ("guitar", "organ", "piano"), ("organ", "brass"), "....x.......x...", "x..x....x..x..x.", 0.1, "........x.......", "........x.......", "x.x.x.x.x.x.x.x."),
-    "swing":   Style((104, 176), 0.4, 0.33, ("piano", "guitar"), ("clarinet", "brass", "piano"), "x.....x.....x...", "x...x...x...x...", 0.1, "x...............", "....x.......x...", "x...x.x.x...x.x."),
-    "latin":   Style((88, 128), 0.6, 0.0, ("piano", "guitar"), ("brass", "flute"), "x..x..x...x.x...", "x.....x.x.....x.", 0.2, "x.......x.......", "x..x..x...x.x...", "xxxxxxxxxxxxxxxx"),
-    "waltz":   Style((84, 156), 0.4, 0.0, ("strings", "piano", "harp"), ("strings", "clarinet", "flute"), "....x...x...", "x...........", 0.2, "", "", ""),
-    "folk":    Style((76, 124), 0.4, 0.1, ("guitar", "harp"), ("flute", "guitar", "strings"), "x...x.xx..x.x.x.", "x.......x.......", 0.5, "", "", ""),
-    "chamber": Style((60, 108), 0.5, 0.0, ("strings", "clarinet"), ("strings", "flute", "clarinet"), "x.......x.......", "x...x...x...x...", 0.2, "", "", ""),
-    "march":   Style((92, 126), 0.2, 0.0, ("brass", "clarinet"), ("brass", "flute"), "..x...x...x...x.", "x...x...x...x...", 0.0, "x...x...x...x...", "x.x.xxx.x.x.xxxx", ""),
-    "lullaby": Style((54, 90), 0.3, 0.0, ("bell", "harp", "marimba"), ("bell", "flute", "marimba"), "x...............", "x.......x.......", 0.8, "", "", ""),
-    "ambient": Style((54, 80), 0.6, 0.0, ("strings", "organ", "bell"), ("flute", "bell"), "x...............", "x...............", 0.4, "", "", ""),
+    "house":   Style((112, 134), 0.6, 0.0, ("organ", "saw", "piano"), ("saw", "square"),
+                     "..x..x....x..x..", "..x...x...x...x.", 0.3, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
+    "trance":  Style((122, 146), 0.7, 0.0, ("saw", "strings"), ("saw", "square"),
+                     "x...............", "..xx..xx..xx..xx", 0.9, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
+    "rock":    Style((96, 150), 0.4, 0.0, ("guitar", "organ"), ("guitar", "saw"),
+                     "x.x.x.x.x.x.x.x.", "x.x.x.x.x.x.x.x.", 0.1, "x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x."),
+    "reggae":  Style((66, 96), 0.5, 0.2, ("guitar", "organ", "piano"), ("organ", "brass"),
+                     "....x.......x...", "x..x....x..x..x.", 0.1, "........x.......", "........x.......", "x.x.x.x.x.x.x.x."),
+    "swing":   Style((104, 176), 0.4, 0.33, ("piano", "guitar"), ("clarinet", "brass", "piano"),
+                     "x.....x.....x...", "x...x...x...x...", 0.1, "x...............", "....x.......x...", "x...x.x.x...x.x."),
+    "latin":   Style((88, 128), 0.6, 0.0, ("piano", "guitar"), ("brass", "flute"),
+                     "x..x..x...x.x...", "x.....x.x.....x.", 0.2, "x.......x.......", "x..x..x...x.x...", "xxxxxxxxxxxxxxxx"),
+    "waltz":   Style((84, 156), 0.4, 0.0, ("strings", "piano", "harp"), ("strings", "clarinet", "flute"),
+                     "....x...x...", "x...........", 0.2, "", "", ""),
+    "folk":    Style((76, 124), 0.4, 0.1, ("guitar", "harp"), ("flute", "guitar", "strings"),
+                     "x...x.xx..x.x.x.", "x.......x.......", 0.5, "", "", ""),
+    "chamber": Style((60, 108), 0.5, 0.0, ("strings", "clarinet"), ("strings", "flute", "clarinet"),
+                     "x.......x.......", "x...x...x...x...", 0.2, "", "", ""),
+    "march":   Style((92, 126), 0.2, 0.0, ("brass", "clarinet"), ("brass", "flute"),
+                     "..x...x...x...x.", "x...x...x...x...", 0.0, "x...x...x...x...", "x.x.xxx.x.x.xxxx", ""),
+    "lullaby": Style((54, 90), 0.3, 0.0, ("bell", "harp", "marimba"), ("bell", "flute", "marimba"),
+                     "x...............", "x.......x.......", 0.8, "", "", ""),
+    "ambient": Style((54, 80), 0.6, 0.0, ("strings", "organ", "bell"), ("flute", "bell"),
+                     "x...............", "x...............", 0.4, "", "", ""),
 }
 # fmt: on
-TAGS = ("drums", "bass", "melody", "arpeggio", "fast", "slow", "bright", "dark", "minor", "swing", "sustained", "plucked", "wind", "electronic", "high", "noisy")  # fmt: skip
+TAGS = tuple(
+    "drums bass melody arpeggio fast slow bright dark minor swing sustained plucked wind electronic high noisy".split()
+)
 
 
 def _tone(frequency, seconds, instrument, tilt):
@@ -563,7 +581,8 @@ def _clip(rng):
         "drums": bool(style.kick) and rng.random() < 0.85,
     }
     arpeggio_instrument = rng.choice(("piano", "harp", "square", "marimba"))
-    level = dict(zip(("chords", "bass", "melody", "arpeggio", "drums"), np.array([0.4, 1.6, 0.5, 0.3, 1.0]) * rng.uniform(0.7, 1.4, 5)))
+    balance = np.array([0.4, 1.6, 0.5, 0.3, 1.0]) * rng.uniform(0.7, 1.4, 5)
+    level = dict(zip(("chords", "bass", "melody", "arpeggio", "drums"), balance))
     drums = {kind: _drum(kind, rng) for kind in ("kick", "snare", "hat")}
 
     scale, other = (MINOR, MAJOR) if minor else (MAJOR, MINOR)
@@ -659,7 +678,8 @@ def report(corpus):
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     left_out = {kind: corpus.totals[kind] for kind in ("unreadable", "too short", "silent") if kind in corpus.totals}
     if left_out:
-        print(f"left out: {', '.join(f'{count:,} {kind}' for kind, count in left_out.items())}; listed in {corpus.path / 'left_out.csv'}")
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in left_out.items())
+        print(f"left out: {counts}; listed in {corpus.path / 'left_out.csv'}")
         with open(corpus.path / "left_out.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
             unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
             for row in islice(unreadable, 10):
@@ -672,7 +692,7 @@ def main():
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
     parser.add_argument("--out", help="where the corpus goes (default: corpora/NAME_OF_THE_FOLDER)")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10, as in the paper)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: %(default)s, one a core)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s, one a core)")
     args = parser.parse_args()
     out = args.out or Path("corpora") / Path(args.folder).resolve().name
     try:

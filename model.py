@@ -81,7 +81,7 @@ def sincos_2d(height, width, dim):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with the LayerNorm in front, and no biases in its two linear layers: (B, K, D) -> (B, K, D)."""
+    """Multi-head self-attention, LayerNorm in front, no biases in its two linear layers: (B, K, D) -> (B, K, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -130,7 +130,7 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """What a model is built from; a plain dict of it is stored in every checkpoint. Raises ValueError for what it does not know."""
+    """What a model is built from; every checkpoint holds it as a plain dict. Raises ValueError for unknown names."""
 
     size: str = "vit-s"  # a name in SIZES
     patch: str = "hybrid"  # "square", "vertical", or "hybrid": both
@@ -191,7 +191,7 @@ class Myna(nn.Module):
     def embed(self, mel, patch=None):
         """Features of segments for use elsewhere: (B, 128, 96) -> (B, D), every patch seen, projector dropped.
 
-        A hybrid model gives the vectors of its square and vertical patches side by side, (B, 2 D), or, with `patch`, one of them.
+        A hybrid model gives the vectors of its square and vertical patches side by side, (B, 2 D), or, with `patch`, one.
         """
         if patch not in (None, *self.patches):
             raise ValueError(f"this model knows {' and '.join(self.patches)} patches, not {patch!r}")
@@ -204,7 +204,7 @@ class Myna(nn.Module):
 
 
 def similarities(z1, z2):
-    """Cosine similarity of every view with every view, itself left out: (B, d) twice -> (2B, 2B) float32, -inf on the diagonal."""
+    """Cosine similarity of every view with every other: (B, d) twice -> (2B, 2B) float32, with -inf on the diagonal."""
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
     with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round 1.000 and 0.999 to the same number
         return (z @ z.T).fill_diagonal_(-torch.inf)
@@ -256,7 +256,7 @@ def save_model(model, path, **extra):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, read so that a crafted file cannot run code. Raises ValueError when it is something else."""
+    """The dict in a checkpoint file, read so that a crafted file cannot run code. Raises ValueError for other files."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -279,10 +279,12 @@ def _released(weights, path, patch):
         size = {SIZES[size][:2]: size for size in SIZES}[dim, depth]
     except (KeyError, TypeError):
         found = ", ".join(map(str, list(weights)[:3])) or "nothing"
-        raise ValueError(f"{path}: expected a checkpoint of train.py or a released Myna of a known size, found a dict of {found}, ...") from None
+        expected = "a checkpoint of train.py or a released Myna of a known size"
+        raise ValueError(f"{path}: expected {expected}, found a dict of {found}, ...") from None
     hybrid = any(name.startswith("to_patch_embedding_b.") for name in weights)
     if not hybrid and patch is None:
-        raise ValueError(f"{path}: a released model with one tokenizer; its patch shape is not in the file, say patch='square' or 'vertical'")
+        unknown = "a released model with one tokenizer, and the file does not tell the shape of its patches"
+        raise ValueError(f"{path}: {unknown}: say patch='square' or 'vertical'")
     shapes = {"to_patch_embedding": "square" if hybrid else patch, "to_patch_embedding_b": "vertical"}
     for name in list(weights):  # their tokenizers begin with a module that only reshapes; here that is `patchify`
         tokenizer, number, *rest = name.split(".")
@@ -300,9 +302,13 @@ def load_model(path, patch=None):
     checkpoint = read_checkpoint(path)
     released = not {"config", "model"} <= checkpoint.keys()
     try:
-        config, weights = _released(checkpoint, path, patch) if released else (Config(**checkpoint["config"]), checkpoint["model"])
+        if released:
+            config, weights = _released(checkpoint, path, patch)
+        else:
+            config, weights = Config(**checkpoint["config"]), checkpoint["model"]
     except TypeError as error:
-        raise ValueError(f"{path}: expected the settings {', '.join(asdict(Config()))}, found {checkpoint['config']}") from error
+        expected = ", ".join(asdict(Config()))
+        raise ValueError(f"{path}: expected the settings {expected}, found {checkpoint['config']}") from error
     if patch not in (None, config.patch) and config.patch != "hybrid":
         raise ValueError(f"{path}: expected a model with {patch} patches, found one with {config.patch} patches")
     model = Myna(config)

@@ -28,6 +28,7 @@ import re
 import sys
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import AUDIO_SUFFIXES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
-from model import PATCHES, SIZES, Config, Myna, load_model
+from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Metrics. All take (targets, predictions), tensors or arrays, and compute in float64; predictions may have leading axes, one
@@ -473,7 +474,7 @@ def load_clip(clip):
 
 
 def mel_segments(wave):
-    """(samples,) -> (n, 128, 96) float16 mel power, the encoder's input; a wave shorter than a window is filled up with zeros."""
+    """(samples,) -> (n, 128, 96) float16 mel power, the encoder's input; less than a window is filled up with zeros."""
     wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
     return segments(mel_spectrogram(wave).clamp(max=data.FLOAT16_MAX).half())
 
@@ -535,7 +536,10 @@ def in_workers(function, jobs, total, desc, workers=None):
         futures = (pool.submit(function, *job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))
         while pending:
-            result = pending.popleft().result()
+            try:
+                result = pending.popleft().result()
+            except BrokenProcessPool as error:
+                raise ValueError(f"{desc}: a decoding process died; out of memory, or of a file it could not stand") from error
             pending.extend(itertools.islice(futures, 1))
             yield result
             bar.update()
@@ -557,13 +561,16 @@ def embed_task(task, encoder, device="cpu", workers=None, cache=None, key=""):
     Decoding runs in worker processes ahead of the encoder. With `cache`, a file, the result is kept there under a fingerprint
     of the task and of `key`, which stands for the encoder, and read back when both are the same.
     """
-    clips = [[str(c.path), c.offset, c.duration, str(c.label)] for c in task.clips]
+    changed = {c.path: os.path.getmtime(c.path) for c in task.clips if isinstance(c.path, Path) and c.path.exists()}
+    clips = [[str(c.path), c.offset, c.duration, str(c.label), changed.get(c.path)] for c in task.clips]
     fingerprint = hashlib.sha1(json.dumps([task.name, key, clips]).encode()).hexdigest()
-    if cache and cache.exists():
-        kept = torch.load(cache, weights_only=True)
-        if kept.pop("fingerprint") == fingerprint:
-            print(f"features from {cache}")
-            return Features(**kept)
+    try:
+        kept = read_checkpoint(cache) if cache and cache.exists() else {}
+    except ValueError:  # cut short: made anew
+        kept = {}
+    if kept.pop("fingerprint", None) == fingerprint:
+        print(f"features from {cache}")
+        return Features(**kept)
     model = encoder if isinstance(encoder, Myna) else None
     names = model.patches if model else (encoder,)
     found = Features({name: [] for name in names}, [], [], [])
@@ -619,7 +626,9 @@ class Configuration(NamedTuple):
 
 GRID = [
     Configuration(*values)
-    for values in itertools.product((False, True), ((), (512,)), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3))
+    for values in itertools.product(
+        (False, True), ((), (512,)), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3)
+    )
 ]  # 216
 QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
 LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
@@ -659,9 +668,9 @@ def probabilities(kind, outputs, owner=None, count=None):
 def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, progress=None):
     """Train every configuration as it would train alone, those of one batch size and shape side by side. A Probe for each.
 
-    `train` and `valid` are (features (n, F), targets) or (features, targets, owner): with an owner for each row, rows are scored
-    by the mean over their owner's. `outputs` is the number of classes, tags or targets. Early stopping as in Castellon et al.:
-    the primary metric on the validation split, every 8 steps from step 0 on, 256 looks of patience, best weights kept.
+    `train` is (features (n, F), targets); `valid` too, or (features, targets, owner, count): then rows are scored by the mean
+    over each of `count` owners. `outputs` is the number of classes, tags or targets. Early stopping as in Castellon et al.: the
+    primary metric on the validation split, every 8 steps from step 0 on, 256 looks of patience, best weights kept.
     `steps` ends all after so many steps instead (to measure speed). `progress(n)` is told when n probes have stopped.
     """
     probes = [None] * len(configurations)
@@ -672,8 +681,9 @@ def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, pr
         width = len(chosen) if train[0].is_cuda else max(1, CACHE // (16 * values))
         for at in range(0, len(chosen), width):
             some = chosen[at : at + width]
-            for i, probe in zip(some, _fit_stack([configurations[i] for i in some], train, valid, kind, outputs, seed, steps, progress)):
-                probes[i] = probe
+            stack = [configurations[i] for i in some]
+            for i, fitted in zip(some, _fit_stack(stack, train, valid, kind, outputs, seed, steps, progress)):
+                probes[i] = fitted
     return probes
 
 
@@ -686,7 +696,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     device, n = x.device, len(x)
     batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
     generator = torch.Generator(device).manual_seed(seed)
-    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device, dtype=torch.float32)[:, None, None]
+    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device)[:, None, None]  # (S, 1, 1)
     lr, l2, dropout, alive = column("lr"), column("l2"), column("dropout"), list(range(len(configurations)))
 
     # The inputs that differ: standardised or not, and for training with each dropout
@@ -736,15 +746,16 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
                 c = configurations[alive[member]]
                 parts = [w[member].clone() for w in best]
                 pairs = [(weight, bias[0]) for weight, bias in zip(parts[::2], parts[1::2])]
-                flag = int(c.standardise)
-                done[alive[member]] = Probe(c, float(best_score[member]), int(best_step[member]), shift[flag], scale[flag], pairs)
+                valid_score, at = float(best_score[member]), int(best_step[member])
+                done[alive[member]] = Probe(c, valid_score, at, shift[int(c.standardise)], scale[int(c.standardise)], pairs)
             if progress:
                 progress(int(stopped.sum()))
             stay = (~stopped).nonzero()[:, 0]
             if not len(stay):
                 return done
             alive = [alive[i] for i in stay.tolist()]
-            lr, l2, dropout, which, standard, best_score, best_step = (t[stay] for t in (lr, l2, dropout, which, standard, best_score, best_step))
+            lr, l2, dropout, which, standard = (t[stay] for t in (lr, l2, dropout, which, standard))
+            best_score, best_step = best_score[stay], best_step[stay]
             layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
 
         rows = torch.randperm(n, generator=generator, device=device)[:batch]
@@ -851,7 +862,7 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
         pairs = y * outputs + predicted.argmax(dim=1)
         results["confusion"] = torch.bincount(pairs, minlength=outputs**2).view(outputs, outputs).tolist()  # rows: the truth
     elif task.kind == "tags":
-        results["per_tag"] = {"roc_auc": roc_auc(y, predicted, False).tolist(), "average_precision": average_precision(y, predicted, False).tolist()}
+        results["per_tag"] = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
     else:
         results["test"] |= {f"r2 {n}": float(score) for n, score in zip(task.names, r2(y, predicted, False))}
     return results
@@ -864,7 +875,7 @@ def newest_checkpoint():
     """The checkpoint under runs/ that was written last."""
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
     if not found:
-        raise ValueError("there is no checkpoint under runs/: train one with `python train.py --demo`, or name one with --checkpoint")
+        raise ValueError("there is no checkpoint under runs/: `python train.py --demo` makes one, --checkpoint names one elsewhere")
     return found[-1]
 
 
@@ -884,7 +895,7 @@ def choose_encoder(args):
 
 
 def embed_files(sources, out, model, per_segment, device, workers):
-    """--embed: vectors of files, or of all audio files below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
+    """--embed: vectors of files, or of all below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
     paths = []
     for source in map(Path, sources):
         if not source.exists():
@@ -897,8 +908,8 @@ def embed_files(sources, out, model, per_segment, device, workers):
     vectors = torch.cat(list(features.rows.values()), dim=1)
     owner = features.owner
     if per_segment:
-        starts = torch.cat([torch.arange(int(count)) for count in torch.bincount(owner)]) * (data.FRAMES * data.HOP / SAMPLE_RATE)
-        extra = {"seconds": starts.numpy()}
+        numbers = torch.cat([torch.arange(int(count)) for count in torch.bincount(owner)])  # of a segment in its file
+        extra = {"seconds": (numbers * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
     else:
         used, owner = owner.unique(return_inverse=True)
         vectors = torch.zeros(len(used), vectors.shape[1]).index_add_(0, owner, vectors) / torch.bincount(owner)[:, None]
@@ -914,18 +925,19 @@ def embed_files(sources, out, model, per_segment, device, workers):
 def command_line():
     """The parser of the command line."""
     parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
-    parser.add_argument("--task", default="synth-key", help="gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: %(default)s)")
+    tasks = "gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: %(default)s)"
+    parser.add_argument("--task", default="synth-key", help=tasks)
     parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
     parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
     parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
     parser.add_argument("--checkpoint", help="of train.py or the authors', or 'random' (default: the newest under runs/)")
-    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of --checkpoint random, or of a released file that does not tell")
+    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of --checkpoint random, or of a released file")
     parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of --checkpoint random (default: %(default)s)")
     parser.add_argument("--features", choices=["mfcc", "chroma"], help="a hand-made representation instead of an encoder")
-    parser.add_argument("--per-segment", action="store_true", help="train on segments and average predictions, as the authors' code does")
+    parser.add_argument("--per-segment", action="store_true", help="train on segments, average predictions, as the authors do")
     parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
-    parser.add_argument("--embed", nargs="+", metavar="PATH", help="write the embeddings of files or folders instead of probing")
+    parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
     parser.add_argument("--out", default="vectors.npz", help="for --embed (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: %(default)s)")
@@ -934,12 +946,12 @@ def command_line():
 
 def check(task):
     """--check: what the splits hold, against the published numbers."""
-    print(f"{task.name}: {task.kind}, {len(task.names)} outputs ({', '.join(map(str, task.names[:5]))}{', ...' if len(task.names) > 5 else ''})")
+    print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {', '.join(task.names[:5])}{', ...' if len(task.names) > 5 else ''}")
     counts = Counter(clip.split for clip in task.clips)
     for split in ("train", "valid", "test"):
         published = f"   published {task.published[split]:6,}" if task.published else ""
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
-    print(f"  {len(task.missing):,} files that the labels name are missing{': ' + ', '.join(task.missing[:5]) if task.missing else ''}")
+    print(f"  {len(task.missing):,} files that the labels name are missing{': ' * bool(task.missing)}{', '.join(task.missing[:5])}")
 
 
 def probe(args):
@@ -970,12 +982,15 @@ def probe(args):
     tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
     print(f"\n{task.name} with {name}: {clips} clips, {tried}")
     for representation, score in results["valid"].items():
-        mark = "  <- goes on to the test split" if len(results["valid"]) > 1 and representation == results["representation"] else ""
+        chosen = len(results["valid"]) > 1 and representation == results["representation"]
+        mark = "  <- goes on to the test split" if chosen else ""
         print(f"  valid  {primary:<20} {score:7.1%}   {representation}{mark}")
     for metric, score in results["test"].items():
-        print(f"  test   {metric:<20} {score:7.1%}{f'   95% of resamples: {low:.1%} to {high:.1%}' if metric == primary else ''}")
+        interval = f"   95% of resamples: {low:.1%} to {high:.1%}" if metric == primary else ""
+        print(f"  test   {metric:<20} {score:7.1%}{interval}")
     winner = Configuration(**results["winner"])
-    print(f"  winner {'MLP ' + '-'.join(map(str, winner.hidden)) if winner.hidden else 'linear'}, " + ", ".join(f"{k} {v}" for k, v in winner._asdict().items() if k != "hidden"))
+    shape = f"MLP {'-'.join(map(str, winner.hidden))}" if winner.hidden else "linear"
+    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner._asdict().items() if name != "hidden"))
     if results["incomplete"]:
         print(f"  INCOMPLETE: {len(task.missing)} files missing, {len(features.left_out)} clips unreadable")
         for _, reason in features.left_out[:10]:

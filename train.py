@@ -33,7 +33,7 @@ from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_e
 from model import SIZES, Config, Myna, info_nce, keep_tokens, read_checkpoint, save_model, similarities
 
 N_TOKENS = 48  # of either patch shape
-DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears, and needs, larger steps
+DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears larger steps
 
 NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device")  # free to differ each time a run goes on
 FREE = ("steps", "data")  # stored as defaults, and free to differ: a longer run, a corpus that was moved
@@ -45,7 +45,8 @@ def command_line():
     parser.add_argument("--demo", action="store_true", help="the tiny model on the embedded music, minutes on two CPU cores")
     parser.add_argument("--data", help="a corpus, or a folder of music (default: the embedded music)")
     parser.add_argument("--minutes", type=float, help="use so much of the corpus only, the same nested subsets for a seed")
-    parser.add_argument("--patch", choices=["square", "vertical", "hybrid"], default="hybrid", help="16x16, 128x2 or both (default: %(default)s)")
+    patches = ["square", "vertical", "hybrid"]
+    parser.add_argument("--patch", choices=patches, default="hybrid", help="16x16, 128x2 or both (default: %(default)s)")
     parser.add_argument("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
     parser.add_argument("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
     parser.add_argument("--batch", type=int, default=4096, help="pairs a step, over all processes (default: %(default)s)")
@@ -56,10 +57,10 @@ def command_line():
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
     parser.add_argument("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
-    parser.add_argument("--decoupled", action="store_true", help="the loss as the paper prints it, without the positive below the line")
+    parser.add_argument("--decoupled", action="store_true", help="the loss as printed, without the positive below the line")
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--out", help="folder of the run (default: runs/PATCH_SIZE_bBATCH_sSEED)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or start it; its settings are taken over")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings, or start it")
     parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     return parser
@@ -77,9 +78,10 @@ def read_settings(argv):
         stored = checkpoint["settings"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        differ = [f"--{name.replace('_', '-')} is {value}" for name, value in stored.items() if name not in FREE and getattr(args, name) != value]
+        differ = [name for name in stored if name not in FREE and getattr(args, name) != stored[name]]
         if differ:
-            raise ValueError(f"{out} goes on with its own settings alone: its {', its '.join(differ)}")
+            own = ", ".join(f"its --{name.replace('_', '-')} is {stored[name]}" for name in differ)
+            raise ValueError(f"{out} goes on with its own settings alone: {own}")
     elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
         raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
     args.out = out
@@ -289,7 +291,8 @@ def train(args, checkpoint):
     batch = args.batch
     if batch > len(clips):
         if args.minutes is None:
-            raise ValueError(f"a batch of {batch} needs as many clips, and {corpus.path} holds {len(clips)}: take --batch {len(clips)} or less")
+            found = f"{corpus.path} holds {len(clips)}"
+            raise ValueError(f"a batch of {batch} needs as many clips, and {found}: take --batch {len(clips)} or less")
         batch = len(clips) // world * world
         say(f"--minutes {args.minutes:g}: that is {len(clips)} clips, and the batch shrinks from {args.batch} to {batch}")
     if batch % world:
@@ -314,7 +317,8 @@ def train(args, checkpoint):
     identity = {**corpus.settings, "clips": len(corpus)}
     if checkpoint:
         if checkpoint["corpus"] != identity:
-            raise ValueError(f"{args.out} was trained on another corpus, {checkpoint['corpus']['source']}, not on what {corpus.path} holds now")
+            source = checkpoint["corpus"]["source"]
+            raise ValueError(f"{args.out} was trained on another corpus, of {source}, not on what {corpus.path} holds now")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
@@ -341,7 +345,8 @@ def train(args, checkpoint):
             os.replace(newest, before)
         os.replace(fresh, newest)
 
-    say(f"{args.out}: {total:,} steps of {batch:,} pairs, {per_epoch:,} an epoch, on {device}; about {needed / 1e9:.1f} GB of memory")
+    memory = f"about {needed / 1e9:.1f} GB of memory"
+    say(f"{args.out}: {total:,} steps of {batch:,} pairs, {per_epoch:,} an epoch, on {device}; {memory}")
 
     # 5) the loop
     stop = []
@@ -359,7 +364,8 @@ def train(args, checkpoint):
     every = 10 if on_gpu else 1  # steps between looks at the figures, since a look waits for the GPU
     pending, looks, estimated = [], 0, False
     begun = looked = saved = time.monotonic()
-    with open(log_path if rank == 0 else os.devnull, "a") as log, tqdm(total=total, initial=step, unit="step", disable=rank > 0) as bar:
+    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0)
+    with bar, open(log_path if rank == 0 else os.devnull, "a") as log:
         while step < total:
             views, kept = next(batches)
             views, kept = views.to(device), {patch: tokens.to(device) for patch, tokens in kept.items()}
@@ -373,13 +379,15 @@ def train(args, checkpoint):
             broken = (~seen[:, 0].isfinite()).nonzero()
             if len(broken):  # before anything is logged or saved
                 at = step - len(pending) + 1 + int(broken[0])
-                raise ValueError(f"the loss of step {at} is not finite: stopped, checkpoints from before are kept; try a smaller --lr")
+                raise ValueError(f"the loss of step {at} is not finite: stopped, earlier checkpoints are kept; lower --lr")
             loss, retrieval = seen.mean(dim=0).tolist()
             speed = batch * len(pending) / (now - looked)
-            bar.set_postfix_str(f"epoch {step / per_epoch:.1f}, loss {loss:.3f}, nearest {retrieval:.1%}, {speed:,.0f} pairs/s", refresh=False)
+            epoch = step / per_epoch
+            shown = f"epoch {epoch:.1f}, loss {loss:.3f}, nearest {retrieval:.1%}, {speed:,.0f} pairs/s"
+            bar.set_postfix_str(shown, refresh=False)
             if rank == 0:
-                figures = {"step": step, "epoch": step / per_epoch, "loss": loss, "retrieval": retrieval, "pairs_per_second": speed}
-                print(json.dumps({"time": time.time(), **figures}), file=log, flush=True)
+                line = {"step": step, "epoch": epoch, "loss": loss, "retrieval": retrieval, "pairs_per_second": speed}
+                print(json.dumps({"time": time.time(), **line}), file=log, flush=True)
             pending, looked, looks = [], now, looks + 1
             if not estimated and (looks == 3 or now - begun > 10):  # the first steps are slower than the rest
                 estimated = True
@@ -410,9 +418,11 @@ def train(args, checkpoint):
     looks = [json.loads(line) for line in log_path.read_text().splitlines()[1:]] if rank == 0 else []
     if looks:
         last = looks[-20:]
-        mean = lambda key: sum(look[key] for look in last) / len(last)
-        say(f"loss      {looks[0]['loss']:.2f} at the start, {mean('loss'):.2f} at the end; {math.log(2 * batch - 1 - args.decoupled):.2f} is knowing nothing")
-        say(f"nearest   {mean('retrieval'):.1%} of the views have their partner as the nearest of {2 * batch - 1:,} others; chance is {1 / (2 * batch - 1):.2%}")
+        loss, retrieval = (sum(look[key] for look in last) / len(last) for key in ("loss", "retrieval"))
+        others = 2 * batch - 1
+        nothing = math.log(others - args.decoupled)
+        say(f"loss      {looks[0]['loss']:.2f} at the start, {loss:.2f} at the end; knowing nothing costs {nothing:.2f}")
+        say(f"nearest   {retrieval:.1%} of the views find their partner nearest of {others:,} others; chance: {1 / others:.2%}")
         say(f"next      python probe.py --task synth-key --checkpoint {args.out / 'checkpoint.pt'}")
 
 

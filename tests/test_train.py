@@ -16,7 +16,7 @@ import torch
 
 import data
 import train
-from model import Config, Myna, info_nce, keep_tokens, load_model
+from model import Config, Myna, info_nce, load_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "tiny", "--batch", "16", "--steps", "12", "--lr", "1e-3"]
