@@ -696,7 +696,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     device, n = x.device, len(x)
     batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
     generator = torch.Generator(device).manual_seed(seed)
-    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device)[:, None, None]  # (S, 1, 1)
+    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device).float()[:, None, None]
     lr, l2, dropout, alive = column("lr"), column("l2"), column("dropout"), list(range(len(configurations)))
 
     # The inputs that differ: standardised or not, and for training with each dropout

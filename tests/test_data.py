@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,6 +170,9 @@ def music(tmp_path_factory):
         (folder / name).parent.mkdir(exist_ok=True)
         soundfile.write(folder / name, np.concatenate([waves[i], waves[i + 1]])[: 16_000 * 15], 16_000)
     soundfile.write(folder / "sub/ein Stück – 音楽.wav", tone(8000, 4), 8000)
+    name = os.fsencode(folder) + b"/caf\xe9.wav"  # from an old disk, not UTF-8
+    shutil.copy(os.fsencode(folder / "sub/ein Stück – 音楽.wav"), name)
+    os.mkfifo(folder / "pipe.wav")
     soundfile.write(folder / "six.wav", np.tile(tone(96_000, 12)[:, None], (1, 6)), 96_000)
     soundfile.write(folder / "short.wav", tone(44_100, 0.5), 44_100)
     soundfile.write(folder / "zero.wav", np.zeros(16_000 * 5, np.float32), 16_000)
@@ -210,6 +214,7 @@ def test_every_clip_is_the_mel_of_its_part_of_its_file(music, corpus):
         assert clips[name, 0.0] == 313 and clips[name, 10.0] == 1 + 80_000 // 512
     assert clips["six.wav", 0.0] == 313 and ("six.wav", 10.0) not in clips  # the tail is shorter than a segment
     assert clips["sub/ein Stück – 音楽.wav", 0.0] == 126
+    assert clips["caf\udce9.wav", 0.0] == 126
     assert clips["cut.flac", 0.0] == 313 and ("cut.flac", 20.0) not in clips
     assert ("nan.wav", 0.0) in clips and ("nan.wav", 10.0) not in clips and ("nan.wav", 20.0) in clips
     assert not any(name.startswith("sub/up") for name, _ in clips)  # the link leads back to where we are
@@ -219,7 +224,7 @@ def test_what_was_left_out_is_listed_with_its_reason(corpus):
     with open(corpus.path / "left_out.csv", newline="", encoding="utf-8") as file:
         rows = {(row["file"], float(row["offset"])): row for row in csv.DictReader(file)}
     kinds = {name: row["kind"] for (name, _), row in rows.items()}
-    assert kinds["text.mp3"] == kinds["empty.flac"] == kinds["song.m4a"] == kinds["self.ogg"] == kinds["cut.flac"] == "unreadable"
+    assert kinds["text.mp3"] == kinds["empty.flac"] == kinds["song.m4a"] == kinds["self.ogg"] == kinds["pipe.wav"] == kinds["cut.flac"] == "unreadable"
     assert kinds["short.wav"] == kinds["six.wav"] == "too short"
     assert kinds["zero.wav"] == "silent"
     assert rows["nan.wav", 10.0]["kind"] == "unreadable"
