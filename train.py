@@ -22,6 +22,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -155,14 +156,19 @@ def draw_batch(corpus, clips, batch, step, args, part=slice(None)):
     Drawn from (seed, step) for the whole batch; `part` is the slice of it, b pairs, that this process computes.
     """
     epoch, position = divmod(step, len(clips) // batch)
-    shuffle = torch.Generator().manual_seed(seed_of(args.seed, 0, epoch))
-    ids = clips[torch.randperm(len(clips), generator=shuffle)[position * batch : (position + 1) * batch]]
+    ids = clips[shuffled(len(clips), seed_of(args.seed, 0, epoch))[position * batch : (position + 1) * batch]]
     generator = torch.Generator(corpus.mel.device).manual_seed(seed_of(args.seed, 1, step))
     views = torch.stack(corpus.sample_pairs(ids, generator, part))
     kept = {}
     for patch in ("square", "vertical") if args.patch == "hybrid" else (args.patch,):
         kept[patch] = keep_tokens(2 * batch, N_TOKENS, args.mask, generator, corpus.mel.device).view(2, batch, -1)[:, part]
     return views, kept
+
+
+@lru_cache(maxsize=1)  # a large corpus takes longer to shuffle than a step
+def shuffled(n, seed):
+    """The order of an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
 
 
 def seed_of(*numbers):
@@ -306,8 +312,8 @@ def train(args, checkpoint):
     if needed * (1 if on_gpu else world) > free:
         sizes = f"takes about {needed / 1e9:.1f} GB in each process and {free / 1e9:.1f} GB are free on {device}"
         raise ValueError(f"a batch of {batch} {sizes}: take a smaller --batch")
-    if on_gpu and needed + corpus.mel.nbytes < 0.9 * torch.cuda.mem_get_info(device)[1]:  # of all there is, the same each time
-        corpus.to(device)
+    if on_gpu and needed + corpus.mel.nbytes < 0.9 * torch.cuda.mem_get_info(device)[1]:
+        corpus.to(device)  # decided by all the memory there is, not by what is free: the same each time and for each process
 
     # 3) model and optimiser
     torch.manual_seed(args.seed)

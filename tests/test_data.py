@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 import soundfile
 import torch
 
@@ -387,6 +388,15 @@ def test_labels_and_levels(embedded):
     assert labels["mood"].shape == (120, 2) and labels["mood"].abs().max() <= 1 and (labels["mood"].std(dim=0) > 0.3).all()
     level = 10 * waves.square().mean(dim=1).log10()  # dB
     assert level.min() >= -36.1 and level.max() <= -17.9 and level.std() > 3
+
+
+def test_loudness_tells_neither_key_nor_style(embedded):
+    waves, labels = embedded
+    level = waves.square().mean(dim=1).log().numpy()
+    for name in ("key", "style"):
+        groups = [level[labels[name].numpy() == value] for value in labels[name].unique().numpy()]
+        assert scipy.stats.f_oneway(*[group for group in groups if len(group) > 1]).pvalue > 0.01, name
+    assert scipy.stats.pearsonr(level, labels["mood"][:, 0].numpy()).pvalue < 0.05  # but arousal, as it should
 
 
 def test_the_notes_are_in_the_key_that_the_label_says(embedded):
