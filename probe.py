@@ -631,7 +631,7 @@ GRID = [
     )
 ]  # 216
 QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
-CACHE = 24 * 2**20  # bytes of a processor's cache that a stack of probes may fill
+CACHE = 12 * 2**20  # bytes of a processor's cache that a stack of probes may fill
 LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
 
 
@@ -666,6 +666,11 @@ def probabilities(kind, outputs, owner=None, count=None):
     return total / torch.bincount(owner, minlength=count)[:, None]
 
 
+def _input_of(configuration):
+    """What decides which input a probe is trained on."""
+    return configuration.standardise, configuration.dropout
+
+
 def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, progress=None):
     """Train every configuration as it would train alone, those of one batch size and shape side by side. A Probe for each.
 
@@ -677,6 +682,7 @@ def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, pr
     probes = [None] * len(configurations)
     for batch, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
         chosen = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch, hidden)]
+        chosen.sort(key=lambda i: _input_of(configurations[i]))  # those that share an input are neighbours
         values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
         # On a CPU a stack's weights, gradients and Adam's means should stay in the cache; a GPU takes them all at once.
         width = len(chosen) if train[0].is_cuda else max(1, CACHE // (16 * values))
@@ -689,7 +695,7 @@ def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, pr
 
 
 def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progress):
-    """Probes of one batch size and shape, as one batched model of S members."""
+    """Probes of one batch size and shape, as one batched model of S members, sorted by `_input_of`."""
     (x, y), (valid_x, valid_y, *owner) = train[:2], valid
     device, n = x.device, len(x)
     batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
@@ -702,12 +708,11 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     shift = torch.stack([torch.zeros_like(deviation), x.mean(dim=0)])
     scale = torch.stack([torch.ones_like(deviation), 1 / deviation.where(deviation > 0, 1.0)])
     train_x = (x - shift[:, None]) * scale[:, None]  # (2, n, F)
-    look_x = (valid_x - shift[:, None]) * scale[:, None]
-    kinds = sorted({(c.standardise, c.dropout) for c in configurations})
-    which = torch.tensor([kinds.index((c.standardise, c.dropout)) for c in configurations], device=device)
-    standard = torch.tensor([c.standardise for c in configurations], device=device).long()
-    rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
+    kinds = sorted({_input_of(c) for c in configurations})
     flags = torch.tensor([flag for flag, _ in kinds], device=device).long()
+    rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
+    members = [sum(_input_of(c) == kind for c in configurations) for kind in kinds]  # how many share each input
+    look_x = (valid_x - shift[flags, None]) * scale[flags, None]  # (kinds, n, F)
 
     # Every member begins with the same weights, torch's own for a linear layer, and draws the same batches and dropout
     layers = []
@@ -720,7 +725,11 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     best_step = torch.zeros(len(configurations), dtype=torch.long, device=device)
     done = [None] * len(configurations)
 
-    def forward(inputs, drop):  # (S, B, F) -> (S, B, C)
+    def forward(inputs, drop):  # (kinds, B, F) -> (S, B, C)
+        if not hidden:  # linear probes are narrow: all that share an input are one product with their weights side by side
+            wide = [x @ w.transpose(0, 1).flatten(1) for x, w in zip(inputs, layers[0].split(members))]  # (B, members * C)
+            return torch.cat([z.unflatten(1, (-1, outputs)).transpose(0, 1) for z in wide if z.shape[1]]) + layers[1]
+        inputs = inputs.repeat_interleave(torch.tensor(members, device=device), dim=0, output_size=len(layers[0]))
         for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
             inputs = torch.baddbmm(bias, inputs, weight).relu()
             if drop:
@@ -731,15 +740,18 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     for step in itertools.count():
         if step % LOOK == 0 and steps is None:
             with torch.no_grad():
-                score = evaluate(kind, valid_y, probabilities(kind, forward(look_x[standard], False), *owner))[METRICS[kind][0]]
-                better = score > best_score
+                score = evaluate(kind, valid_y, probabilities(kind, forward(look_x, False), *owner))[METRICS[kind][0]]
+                better = (score > best_score) & (step - best_step <= PATIENCE * LOOK)
                 best_score, best_step = torch.where(better, score, best_score), best_step.where(~better, step)
                 for kept, weight in zip(best, layers):
                     torch.where(better[:, None, None], weight, kept, out=kept)
+        # Who has lost patience is asked at every eighth look only, for a GPU would wait for the answer.
+        stopped = torch.zeros(0)
+        if step == steps:
+            stopped, best = torch.ones(len(alive), dtype=torch.bool, device=device), [w.detach() for w in layers]
+        elif steps is None and step % (8 * LOOK) == 0:
             stopped = step - best_step >= PATIENCE * LOOK
-        if (step == steps) if steps is not None else (step % LOOK == 0 and stopped.any()):
-            if steps is not None:
-                stopped, best = torch.ones(len(alive), dtype=torch.bool, device=device), [w.detach() for w in layers]
+        if stopped.any():
             for member in stopped.nonzero()[:, 0].tolist():
                 c = configurations[alive[member]]
                 parts = [w[member].clone() for w in best]
@@ -752,7 +764,8 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
             if not len(stay):
                 return done
             alive = [alive[i] for i in stay.tolist()]
-            lr, l2, dropout, which, standard = (t[stay] for t in (lr, l2, dropout, which, standard))
+            members = [sum(_input_of(configurations[i]) == kind for i in alive) for kind in kinds]
+            lr, l2, dropout = (t[stay] for t in (lr, l2, dropout))
             best_score, best_step = best_score[stay], best_step[stay]
             layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
 
@@ -761,7 +774,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
         inputs = train_x[:, rows][flags] * ((uniform >= rates) / (1 - rates))  # (kinds, B, F)
         for w in layers:
             w.requires_grad_()
-        loss = probe_loss(kind, forward(inputs[which], True), y[rows])
+        loss = probe_loss(kind, forward(inputs, True), y[rows])
         gradients = torch.autograd.grad(loss, layers)
         with torch.no_grad():  # Adam, with L2 in the gradient as torch's weight_decay has it
             for w, g, m, v in zip(layers, gradients, first, second):
