@@ -284,7 +284,7 @@ def _released(weights, path, patch):
     hybrid = any(name.startswith("to_patch_embedding_b.") for name in weights)
     if not hybrid and patch is None:
         unknown = "a released model with one tokenizer, and the file does not tell the shape of its patches"
-        raise ValueError(f"{path}: {unknown}: say patch='square' or 'vertical'")
+        raise ValueError(f"{path}: {unknown}; say patch='square' or patch='vertical' (--patch on a command line)")
     shapes = {"to_patch_embedding": "square" if hybrid else patch, "to_patch_embedding_b": "vertical"}
     for name in list(weights):  # their tokenizers begin with a module that only reshapes; here that is `patchify`
         tokenizer, number, *rest = name.split(".")

@@ -858,7 +858,7 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
     results = {
         "task": task.name,
         "representation": name,
-        "clips": dict(counts),
+        "clips": {split: counts[split] for split in SPLITS},
         "incomplete": bool(task.missing or features.left_out),
         "missing": task.missing,
         "left_out": features.left_out,
@@ -959,7 +959,7 @@ def check(task):
     """--check: what the splits hold, against the published numbers."""
     print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {', '.join(task.names[:5])}{', ...' if len(task.names) > 5 else ''}")
     counts = Counter(clip.split for clip in task.clips)
-    for split in ("train", "valid", "test"):
+    for split in SPLITS:
         published = f"   published {task.published[split]:6,}" if task.published else ""
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
     print(f"  {len(task.missing):,} files that the labels name are missing{': ' * bool(task.missing)}{', '.join(task.missing[:5])}")
