@@ -29,6 +29,7 @@ import sys
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -517,94 +518,132 @@ def chroma(wave):
     return _statistics(frames / frames.amax(dim=0).clamp(min=1e-9))
 
 
-INPUTS = {"mel": mel_segments, "mfcc": lambda wave: mfcc(wave)[None], "chroma": lambda wave: chroma(wave)[None]}
+INPUTS = {  # wave (samples,) -> (rows, ...): what a representation is computed from
+    "mel": mel_segments,
+    "mfcc": lambda wave: mfcc(wave)[None],
+    "chroma": lambda wave: chroma(wave)[None],
+    "power": lambda wave: wave.double().square().mean()[None, None],  # tells silence
+}
 
 
-def _clip_input(clip, kind):
-    """In a worker: one clip decoded and transformed. Returns (input, labels), or the reason why it could not be read."""
+class Representation(NamedTuple):
+    """What turns sound into features, and under which name they and the results are kept."""
+
+    encoder: Myna | str  # or one of INPUTS, which is then the representation
+    name: str = ""
+    key: str = ""  # tells this encoder from all others of its name
+    folder: Path | None = None  # for results, and for the features, which are kept there; None: they are not kept
+
+
+def _clip_inputs(clip, kinds, versions):
+    """In a worker: one clip decoded, and each version of it transformed. Returns ({kind: (rows, V, ...)}, labels), or the
+    reason why it could not be read."""
     try:
         wave, labels = load_clip(clip)
-        return INPUTS[kind](wave).numpy(), labels
     except ValueError as error:
         return str(error)
+    waves = versions(wave, clip) if versions else [wave]
+    return {kind: np.stack([INPUTS[kind](wave).numpy() for wave in waves], axis=1) for kind in kinds}, labels
 
 
-def in_workers(function, jobs, total, desc, workers=None):
-    """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller, behind a bar."""
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker)
-    with pool, tqdm(total=total, desc=desc, unit="clip") as bar:
+def in_workers(function, jobs, workers=None):
+    """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
+    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker) as pool:
         futures = (pool.submit(function, *job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))
         while pending:
             try:
                 result = pending.popleft().result()
             except BrokenProcessPool as error:
-                raise ValueError(f"{desc}: a decoding process died; out of memory, or of a file it could not stand") from error
+                raise ValueError("a decoding process died: out of memory, or of a file it could not stand") from error
             pending.extend(itertools.islice(futures, 1))
             yield result
-            bar.update()
 
 
 @dataclass
 class Features:
     """What a representation makes of a task's clips: rows of numbers, and which clip each row came from."""
 
-    rows: dict  # name of the representation -> (n, F); a hybrid model gives "square" and "vertical"
+    rows: dict  # name -> (n, F), or (n, V, F) of V versions; a hybrid model gives "square" and "vertical"
     owner: torch.Tensor  # (n,) long: number of the clip in the task
     labels: list  # of every clip, None for one that could not be read
     left_out: list  # [path, reason] of those
 
 
-def embed_task(task, encoder, device="cpu", workers=None, cache=None, key=""):
-    """Features of every clip of a task, a row a segment: `encoder` is a Myna, "mfcc" or "chroma". Returns Features.
+def embed_task(task, encoder, device="cpu", workers=None):
+    """Features of every clip of a task, a row a segment: `encoder` is a Myna, "mfcc" or "chroma". Returns Features."""
+    return embed_all(task, [Representation(encoder)], device, workers)[0]
 
-    Decoding runs in worker processes ahead of the encoder. With `cache`, a file, the result is kept there under a fingerprint
-    of the task and of `key`, which stands for the encoder, and read back when both are the same.
+
+def embed_all(task, representations, device="cpu", workers=None, versions=None, bar=None):
+    """Features of a task for several representations, each clip decoded once. Returns a list of Features.
+
+    Decoding runs in worker processes ahead of the encoders. A representation with a folder has its features kept there, under
+    a fingerprint of the task and of the encoder, and read back when both are the same. `versions(wave, clip)`, which worker
+    processes must be able to import, makes several waves of one, for instance with noise; their features are not kept.
     """
     changed = {c.path: os.path.getmtime(c.path) for c in task.clips if isinstance(c.path, Path) and c.path.exists()}
     clips = [[str(c.path), c.offset, c.duration, str(c.label), changed.get(c.path)] for c in task.clips]
-    fingerprint = hashlib.sha1(json.dumps([task.name, key, clips]).encode()).hexdigest()
-    try:
-        kept = read_checkpoint(cache) if cache and cache.exists() else {}
-    except ValueError:  # cut short: made anew
-        kept = {}
-    if kept.pop("fingerprint", None) == fingerprint:
-        print(f"features from {cache}")
-        return Features(**kept)
-    model = encoder if isinstance(encoder, Myna) else None
-    names = model.patches if model else (encoder,)
-    found = Features({name: [] for name in names}, [], [], [])
-    waiting = []
+    found, fresh = [], []
+    for encoder, name, key, folder in representations:
+        cache = folder / f"features_{task.name}_{name}.pt" if folder and not versions else None
+        fingerprint = hashlib.sha1(json.dumps([task.name, key, clips]).encode()).hexdigest()
+        try:
+            kept = read_checkpoint(cache) if cache and cache.exists() else {}
+        except ValueError:  # cut short: made anew
+            kept = {}
+        if kept.pop("fingerprint", None) == fingerprint:
+            found.append(Features(**kept))
+            print(f"features from {cache}")
+            continue
+        is_model = isinstance(encoder, Myna)
+        found.append(Features({name: [] for name in (encoder.patches if is_model else [encoder])}, [], [], []))
+        fresh.append((encoder, "mel" if is_model else encoder, found[-1], cache, fingerprint))
+    if not fresh:
+        return found
+
+    kinds = {kind for _, kind, *_ in fresh}
+    waiting = []  # inputs of clips, until they make a batch
 
     def encode():
-        batch = torch.cat(waiting)
+        for encoder, kind, features, *_ in fresh:
+            batch = torch.from_numpy(np.concatenate([inputs[kind] for inputs in waiting]))  # (rows, V, ...)
+            for name, rows in features.rows.items():
+                if kind == "mel":
+                    rows.append(encoder.embed(batch.flatten(0, 1).to(device), name).cpu().unflatten(0, batch.shape[:2]))
+                else:
+                    rows.append(batch)
         waiting.clear()
-        for name in names:
-            found.rows[name].append(model.embed(batch.to(device), name).cpu() if model else batch)
 
-    jobs = ((clip, "mel" if model else encoder) for clip in task.clips)
-    for number, result in enumerate(in_workers(_clip_input, jobs, len(task.clips), f"{task.name}: embedding", workers)):
-        clip = task.clips[number]
-        if isinstance(result, str):
-            found.left_out.append([str(clip.path), result])
-            found.labels.append(None)
-            continue
-        rows, labels = torch.from_numpy(result[0]), result[1]
-        found.labels.append(labels[task.name.removeprefix("synth-")] if labels else clip.label)
-        found.owner += [number] * len(rows)
-        waiting.append(rows)
-        if sum(map(len, waiting)) >= 256:
+    jobs = ((clip, kinds, versions) for clip in task.clips)
+    with nullcontext(bar) if bar else tqdm(total=len(task.clips), desc=f"{task.name}: embedding", unit="clip") as bar:
+        for number, (clip, result) in enumerate(zip(task.clips, in_workers(_clip_inputs, jobs, workers))):
+            bar.update()
+            readable = not isinstance(result, str)
+            for _, kind, features, *_ in fresh:
+                if readable:
+                    label = result[1][task.name.removeprefix("synth-")] if result[1] else clip.label
+                    features.owner.extend([number] * len(result[0][kind]))
+                else:
+                    features.left_out.append([str(clip.path), result])
+                features.labels.append(label if readable else None)
+            if readable:
+                waiting.append(result[0])
+            if sum(max(array.shape[0] * array.shape[1] for array in inputs.values()) for inputs in waiting) >= 256:
+                encode()
+        if waiting:
             encode()
-    if waiting:
-        encode()
-    if not found.owner:
-        raise ValueError(f"{task.name}: not one clip could be read; the first: {found.left_out[0][1]}")
-    found.rows = {name: torch.cat(rows) for name, rows in found.rows.items()}
-    found.owner = torch.tensor(found.owner)
-    if cache:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"fingerprint": fingerprint, **vars(found)}, cache.with_suffix(".part"))
-        os.replace(cache.with_suffix(".part"), cache)
+    for *_, features, cache, fingerprint in fresh:
+        if not features.owner:
+            raise ValueError(f"{task.name}: not one clip could be read; the first: {features.left_out[0][1]}")
+        features.owner = torch.tensor(features.owner)
+        for name, rows in features.rows.items():
+            rows = torch.cat(rows)  # (n, V, F)
+            features.rows[name] = rows if versions else rows[:, 0]
+        if cache:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"fingerprint": fingerprint, **vars(features)}, cache.with_suffix(".part"))
+            os.replace(cache.with_suffix(".part"), cache)
     return found
 
 
@@ -795,13 +834,13 @@ def probe_loss(kind, outputs, targets):
 
 
 def bootstrap(kind, targets, outputs, metric, resamples=1000, seed=0):
-    """95% interval of a metric over resampled test clips: (low, high)."""
+    """95% interval of a metric over resampled test clips: (low, high). Leading axes of `outputs` are averaged over."""
     generator = torch.Generator().manual_seed(seed)
     n = len(targets)
     scores = []
     for _ in range(resamples):
         rows = torch.randint(n, (n,), generator=generator)
-        scores.append(float(evaluate(kind, targets[rows], outputs[rows])[metric]))
+        scores.append(float(evaluate(kind, targets[rows], outputs[..., rows, :])[metric].mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
@@ -831,6 +870,20 @@ def split_rows(task, features, split, rows, per_segment=False):
     return x, y[list(first.values())], torch.tensor([number[group] for group in groups])[clip], len(number)
 
 
+def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", progress=None):
+    """Probes of one representation, its `rows` (n, F): one for each configuration of `grid`, and the best on validation."""
+    train, valid = (split_rows(task, features, split, rows, per_segment) for split in ("train", "valid"))
+    train, valid = ([(t.to(device) if torch.is_tensor(t) else t) for t in part] for part in (train, valid))
+    probes = fit_grid(grid, train, valid, task.kind, len(task.names), seed, progress=progress)
+    return probes, max(probes, key=lambda probe: probe.valid)
+
+
+def predict(task, features, rows, probe, per_segment=False, device="cpu"):
+    """Targets of the test split, and what a probe says of it: probabilities or values, float64."""
+    x, y, *owner = split_rows(task, features, "test", rows, per_segment)
+    return y, probabilities(task.kind, probe(x.to(device)).cpu().double(), *owner)
+
+
 def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
     """The whole protocol for one task and the representations in `features`. Returns the results as a plain dict.
 
@@ -840,19 +893,11 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
     rows = dict(features.rows)
     if len(rows) == 2:
         rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
-    outputs = len(task.names)
-    probes = {}
     with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
-        for name, x in rows.items():
-            train, valid = (split_rows(task, features, split, x, per_segment) for split in ("train", "valid"))
-            train, valid = ([(t.to(device) if torch.is_tensor(t) else t) for t in part] for part in (train, valid))
-            probes[name] = fit_grid(grid, train, valid, task.kind, outputs, seed, progress=bar.update)
-    best = {name: max(range(len(grid)), key=lambda i: found[i].valid) for name, found in probes.items()}
-    name = max(best, key=lambda name: probes[name][best[name]].valid)
-    winner = probes[name][best[name]]
-
-    x, y, *owner = split_rows(task, features, "test", rows[name], per_segment)
-    predicted = probabilities(task.kind, winner(x.to(device)).cpu().double(), *owner)
+        fitted = {name: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update) for name, x in rows.items()}
+    name = max(fitted, key=lambda name: fitted[name][1].valid)
+    winner = fitted[name][1]
+    y, predicted = predict(task, features, rows[name], winner, per_segment, device)
     test = {metric: float(score) for metric, score in evaluate(task.kind, y, predicted).items()}
     counts = Counter(clip.split for i, clip in enumerate(task.clips) if features.labels[i] is not None)
     results = {
@@ -862,16 +907,17 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
         "incomplete": bool(task.missing or features.left_out),
         "missing": task.missing,
         "left_out": features.left_out,
-        "valid": {name: probes[name][best[name]].valid for name in probes},
+        "valid": {name: best.valid for name, (_, best) in fitted.items()},
         "test": test,
         "interval": bootstrap(task.kind, y, predicted, METRICS[task.kind][0]),
         "winner": winner.configuration._asdict(),
-        "grid": {name: [[*probe.configuration, probe.valid, probe.step] for probe in found] for name, found in probes.items()},
+        "grid": {name: [[*p.configuration, p.valid, p.step] for p in probes] for name, (probes, _) in fitted.items()},
         "names": list(task.names),
     }
     if task.kind in ("classes", "key"):
-        pairs = y * outputs + predicted.argmax(dim=1)
-        results["confusion"] = torch.bincount(pairs, minlength=outputs**2).view(outputs, outputs).tolist()  # rows: the truth
+        count = len(task.names)
+        pairs = y * count + predicted.argmax(dim=1)
+        results["confusion"] = torch.bincount(pairs, minlength=count**2).view(count, count).tolist()  # rows: the truth
     elif task.kind == "tags":
         results["per_tag"] = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
     else:
@@ -890,19 +936,37 @@ def newest_checkpoint():
     return found[-1]
 
 
-def choose_encoder(args):
-    """What --checkpoint and --features name: (encoder, its name, a key for the cache, the folder for its results)."""
-    if args.features:
-        return args.features, args.features, "1", Path("runs/baselines")
-    if args.checkpoint == "random":
-        torch.manual_seed(args.seed)
-        name = f"random-{args.size}-{args.patch or 'hybrid'}"
-        return Myna(Config(args.size, args.patch or "hybrid")).eval(), name, f"{name} {args.seed}", Path("runs/baselines")
-    path = Path(args.checkpoint) if args.checkpoint else newest_checkpoint()
-    model = load_model(path, args.patch)
+BASELINES = Path("runs/baselines")  # for representations that no checkpoint stands behind
+
+
+def hand_made(name):
+    """MFCC or chroma."""
+    return Representation(name, name, "1", BASELINES)
+
+
+def untrained(config, seed):
+    """The encoder of that shape with random weights."""
+    torch.manual_seed(seed)
+    name = f"random-{config.size}-{config.patch}{'-log' if config.log_mel else ''}"
+    return Representation(Myna(config).eval(), name, f"{name} {seed}", BASELINES)
+
+
+def trained(path, patch=None):
+    """The encoder in a checkpoint; None: in the newest one."""
+    path = Path(path) if path else newest_checkpoint()
+    model = load_model(path, patch)
     print(f"checkpoint {path}: {model.config.size}, {model.config.patch}")
     folder = path.parent if path.parent.parent == Path("runs") else Path("runs") / path.stem
-    return model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder
+    return Representation(model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
+
+
+def choose_representation(args):
+    """What --checkpoint and --features name."""
+    if args.features:
+        return hand_made(args.features)
+    if args.checkpoint == "random":
+        return untrained(Config(args.size, args.patch or "hybrid"), args.seed)
+    return trained(args.checkpoint, args.patch)
 
 
 def embed_files(sources, out, model, per_segment, device, workers):
@@ -968,22 +1032,22 @@ def check(task):
 def probe(args):
     """What the command line asks for."""
     if args.embed:
-        encoder = choose_encoder(args)[0]
+        encoder = choose_representation(args).encoder
         if not isinstance(encoder, Myna):
             raise ValueError("--embed takes a --checkpoint, not --features")
         return embed_files(args.embed, args.out, encoder.to(args.device), args.per_segment, args.device, args.workers)
     task = load_task(args.task, args.data, args.kind)
     if args.check:
         return check(task)
-    encoder, name, key, folder = choose_encoder(args)
-    if isinstance(encoder, Myna):
-        encoder.to(args.device)
-    short = Path(task.name).stem
-    features = embed_task(task, encoder, args.device, args.workers, folder / f"features_{short}_{name}.pt", key)
+    representation = choose_representation(args)
+    name, folder = representation.name, representation.folder
+    if isinstance(representation.encoder, Myna):
+        representation.encoder.to(args.device)
+    features = embed_all(task, [representation], args.device, args.workers)[0]
     quick = (args.grid or ("quick" if task.name.startswith("synth-") else "full")) == "quick"
     results = probe_task(task, features, QUICK_GRID if quick else GRID, args.per_segment, args.seed, args.device)
     results |= {"model": name, "grid_name": "quick" if quick else "full", "per_segment": args.per_segment}
-    path = folder / f"probe_{short}_{name}{'-segments' if args.per_segment else ''}.json"
+    path = folder / f"probe_{task.name}_{name}{'-segments' if args.per_segment else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)

@@ -1,0 +1,195 @@
+"""Noise of the asked level, the same for all; probes that are stage 4's; a table that adds up."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import noise_eval
+import probe
+from model import Config, Myna, save_model
+from noise_eval import add_white_noise, noise_check, noisy_versions, table
+from probe import Representation, load_task
+
+ROOT = Path(__file__).parent.parent
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- the noise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("snr", [30, 20.0, 3.5, 0, -10])
+@pytest.mark.parametrize("scale, offset", [(0.3, 0), (1e-4, 0), (30.0, 0), (0.1, 0.5), (0, 0.2)])
+def test_measured_snr_is_the_asked_one(snr, scale, offset):
+    wave = scale * torch.sin(torch.arange(1_000_000) * 0.05) + offset
+    noise = add_white_noise(wave.double(), snr, generator()) - wave.double()
+    power = sum(float(x) ** 2 for x in wave.double()[:: len(wave) // 1000]) / 1000 if not scale else float(wave.double().square().mean())
+    measured = 10 * math.log10(power / float(noise.square().mean()))
+    assert abs(measured - snr) < 0.05
+    assert abs(float(noise.mean())) < 5 * float(noise.std()) / 1000  # no DC of its own
+
+
+def test_noise_is_white_and_gaussian():
+    noise = add_white_noise(torch.full((2**18,), 0.1), 0, generator()).double() - 0.1
+    spectrum = torch.fft.rfft(noise).abs().square()[1:].view(8, -1).mean(dim=1)  # eight bands
+    assert float(spectrum.max() / spectrum.min()) < 1.1
+    beyond = [float((noise.abs() > k * 0.1).double().mean()) for k in (1, 2, 3)]
+    assert np.allclose(beyond, [0.3173, 0.0455, 0.0027], atol=0.004)
+
+
+def test_same_seed_same_noise_scaled_to_each_level():
+    wave = torch.randn(16_000, generator=generator(1)).double()
+    a, again, other = (add_white_noise(wave, 0, generator(seed)) for seed in (5, 5, 6))
+    assert torch.equal(a, again) and not torch.equal(a, other)
+    b = add_white_noise(wave, 20, generator(5))
+    assert torch.allclose(a - wave, 10 * (b - wave), atol=1e-12)
+
+
+def test_silence_stays_and_nothing_is_clipped():
+    assert torch.equal(add_white_noise(torch.zeros(1000), -10, generator()), torch.zeros(1000))
+    loud = add_white_noise(torch.ones(10_000), 0, generator())
+    assert loud.max() > 2.5 and loud.dtype == torch.float32
+    waves = torch.stack([torch.zeros(50_000), torch.full((50_000,), 0.5), torch.full((50_000,), 0.01)])  # each by its own power
+    noise = add_white_noise(waves, 0, generator()) - waves
+    assert np.allclose(noise.std(dim=1), [0, 0.5, 0.01], rtol=0.02)
+
+
+def test_a_clip_has_one_draw_for_all_levels_wherever_it_lies():
+    wave = torch.randn(8000, generator=generator(2)).double()
+    clip = probe.Clip(Path("/a/x.wav"), 3.0, None, 0, "test", "g")
+    first, second, third, fourth = noisy_versions(wave, clip, snrs=(20, 0), repeats=2)
+    assert torch.allclose(10 * (first - wave), second - wave) and torch.allclose(10 * (third - wave), fourth - wave)
+    correlation = torch.corrcoef(torch.stack([second - wave, fourth - wave]))[0, 1]
+    assert abs(float(correlation)) < 0.05  # draws are drawn apart
+    assert torch.equal(noisy_versions(wave, clip._replace(path=Path("/b/x.wav")), (20,), 1)[0], first)
+    for other in (clip._replace(offset=6.0), clip._replace(path=Path("y.wav")), clip._replace(path=(103, 4))):
+        assert not torch.equal(noisy_versions(wave, other, (20,), 1)[0], first)
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """Sixty tones of two kinds, low and high with overlap, three of the test clips silent; a checkpoint."""
+    folder = tmp_path_factory.mktemp("noise")
+    rng, rows = np.random.default_rng(0), ["path,label,split"]
+    for i in range(60):
+        split = ("train", "valid", "test")[i // 2 % 3]
+        t = np.arange(int(16_000 * 3.1)) / 16_000
+        wave = 0.1 * np.sin(2 * np.pi * (rng.uniform(300, 500) + 150 * (i % 2)) * t)
+        soundfile.write(folder / f"{i}.wav", wave * (not (split == "test" and i < 12)), 16_000)
+        rows.append(f"{i}.wav,{('low', 'high')[i % 2]},{split}")
+    (folder / "tones.csv").write_text("\n".join(rows))
+    (folder / "runs/small").mkdir(parents=True)
+    torch.manual_seed(0)
+    save_model(Myna(Config("tiny", "hybrid")), folder / "runs/small/checkpoint.pt")
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_patience():
+    """Probes stop early here, and few settings are tried: what is tested is where the numbers come from."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe, "PATIENCE", 16)
+        patch.setattr(noise_eval, "QUICK_GRID", [c for c in probe.QUICK_GRID if c.l2 == 0 and c.dropout != 0.5])
+        yield
+
+
+@pytest.fixture(scope="module")
+def checked(labelled):
+    """The check on a random encoder, on chroma, and on an encoder that ignores its input."""
+    task = load_task(labelled / "tones.csv")
+    torch.manual_seed(0)
+    model, deaf = Myna(Config("tiny", "vertical")).eval(), Myna(Config("tiny", "vertical")).eval()
+    for weight in deaf.parameters():
+        weight.data.zero_()
+    representations = [Representation(model, "model"), Representation("chroma", "chroma"), Representation(deaf, "deaf")]
+    return task, representations, noise_check(task, representations, (10.0, -30.0), repeats=2, workers=2)
+
+
+def test_clean_scores_are_stage_4s(checked):
+    task, representations, results = checked
+    for representation in representations[:2]:
+        features = probe.embed_task(task, representation.encoder, workers=2)
+        for name, hidden in noise_eval.PROBES.items():
+            grid = [c._replace(hidden=hidden) for c in noise_eval.QUICK_GRID if bool(c.hidden) == bool(hidden)]
+            assert len(grid) == 4
+            expected = probe.probe_task(task, features, grid)
+            (row,) = [
+                row for row in results["scores"] if (row["representation"], row["probe"], row["snr"]) == (representation.name, name, None)
+            ]
+            assert row["accuracy"] == expected["test"]["accuracy"] and row["valid"] == expected["valid"][list(features.rows)[0]]
+            assert tuple(row["interval"]) == tuple(expected["interval"]) and row["configuration"] == expected["winner"]
+
+
+def test_drops(checked):
+    _, _, results = checked
+    assert results["clips"] == 20 and results["silent_clips"] == 2 + 2 and not results["incomplete"]
+    assert len(results["scores"]) == 3 * 2 * 3
+    rows = {(row["representation"], row["probe"], row["snr"]): row for row in results["scores"]}
+    for probe_name in noise_eval.PROBES:
+        for snr in (10.0, -30.0):
+            assert rows["deaf", probe_name, snr]["drop"] == 0 == rows["deaf", probe_name, snr]["drop_percent"]
+            assert len(rows["model", probe_name, snr]["draws"]) == 2
+        assert rows["chroma", probe_name, None]["accuracy"] > 0.6 and rows["chroma", probe_name, -30.0]["drop"] > 0.05
+        for name in ("model", "chroma"):
+            row, clean = rows[name, probe_name, -30.0], rows[name, probe_name, None]
+            assert row["accuracy"] == pytest.approx(sum(row["draws"]) / 2)
+            assert row["drop"] == pytest.approx(clean["accuracy"] - row["accuracy"])
+            assert row["drop_percent"] == pytest.approx(100 * row["drop"] / clean["accuracy"])
+
+
+def test_table_names_everything_once(checked):
+    lines = table(checked[2]).splitlines()
+    assert [line.split()[0] for line in lines if line and not line.startswith(" ")] == ["tones,", "linear", "MLP", "MLP"]
+    assert sum(line.startswith("  -30 dB") for line in lines) == 3
+    assert max(map(len, lines)) < 150
+
+
+def test_no_percentage_of_a_score_below_zero():
+    y, far = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[[9.0], [9.0], [0.0]]])
+    found = noise_eval.scored("regression", "r2", y, far, clean=-1.0)
+    assert found["drop_percent"] is None and found["drop"] > 0
+    found = noise_eval.scored("regression", "r2", y, y[None] + 0.1, clean=1.0)
+    assert found["drop_percent"] == pytest.approx(100 * 3 * 0.01 / 2)
+
+
+def test_command_line(labelled, monkeypatch, capfd):
+    monkeypatch.chdir(labelled)
+    arguments = ["--task", "tones.csv", "--snr", "5", "5", "-5", "--representations", "checkpoint", "random", "--workers", "2"]
+    monkeypatch.setattr(sys, "argv", ["noise_eval.py", *arguments])
+    monkeypatch.setattr(noise_eval, "PROBES", {"linear": (), "MLP 8": (8,)})
+    noise_eval.main()
+    said = capfd.readouterr()
+    assert "random-tiny-hybrid" in said.out and "4 silent clips" in said.out and "runs/small/noise_tones.json" in said.out
+    results = json.loads((labelled / "runs/small/noise_tones.json").read_text())
+    assert results["snrs"] == [5, -5] and {row["representation"] for row in results["scores"]} == {"hybrid", "random-tiny-hybrid"}
+    assert {text.split(":")[0] for text in said.err.split("\r") if ":" in text} == {"clean sound", "noisy sound", "probes"}
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--task", "nonsense"], "no task 'nonsense'"),
+        (["--checkpoint", "missing.pt"], "no such checkpoint"),
+        (["--snr", "nan"], "between -100 and 100 dB"),
+        (["--snr", "0", "1e9"], "between -100 and 100 dB"),
+        (["--repeat", "0"], "at least once"),
+        (["--task", "gtzan"], "Where to get it"),
+        (["--snr", "loud"], "invalid float value: 'loud'"),
+    ],
+)
+def test_mistakes_are_one_sentence(labelled, arguments, sentence):
+    command = [sys.executable, ROOT / "noise_eval.py", *arguments]
+    done = subprocess.run(command, cwd=labelled, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
