@@ -18,7 +18,6 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from tqdm import tqdm

@@ -1,0 +1,83 @@
+"""The notebooks run from top to bottom, and the committed ones are complete: executed, without errors, tied to no machine."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NAMES = ["01_data", "02_model", "03_train", "04_probe", "05_noise"]
+every_notebook = pytest.mark.parametrize("name", NAMES)
+
+
+def read(name):
+    return nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
+
+
+def texts(cell):
+    """Everything in a cell's outputs that is text."""
+    for output in cell.outputs:
+        yield output.get("text", "")
+        yield from output.get("traceback", [])
+        for kind, content in output.get("data", {}).items():
+            if kind.startswith("text/"):
+                yield re.sub(r"data:[\w/;-]+,[\w+/=]+", "", content)  # sound, as base64
+
+
+def test_there_are_five():
+    assert sorted(path.stem for path in FOLDER.glob("*.ipynb")) == NAMES
+
+
+@every_notebook
+def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
+    book = read(name)
+    client = NotebookClient(book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(FOLDER)}})
+    client.execute()  # raises CellExecutionError, with the cell and its traceback
+    nbformat.write(book, tmp_path / f"{name}.ipynb")
+    assert all(cell.execution_count for cell in book.cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("told", ["working directory", "Jupyter", "VS Code"])
+def test_the_first_cell_finds_the_project(told, tmp_path):
+    """In a copy of the project, by whatever tells where the notebook lies."""
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in FOLDER.parent.glob("*.py"):
+        project.mkdir(exist_ok=True)
+        shutil.copy(path, project)
+    notebook = str(project / "notebooks" / "some.ipynb")
+    env = {**os.environ, "JPY_SESSION_NAME": notebook if told == "Jupyter" else ""}
+    where = nbformat.v4.new_code_cell(f"__vsc_ipynb_file__ = {notebook!r}" if told == "VS Code" else "")
+    start = project if told == "working directory" else elsewhere
+    firsts = {next(cell.source for cell in read(name).cells if cell.cell_type == "code") for name in NAMES}
+    for source in firsts:  # the same in all, as it should be, or a few
+        found = nbformat.v4.new_code_cell("import model; print(model.__file__)")
+        book = nbformat.v4.new_notebook(cells=[where, nbformat.v4.new_code_cell(source), found])
+        NotebookClient(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(start)}}).execute(env=env)
+        assert found.outputs[0].text.strip() == str(project / "model.py")
+
+
+@every_notebook
+def test_a_committed_notebook_is_complete(name):
+    book = read(name)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    prose = "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "not executed from top to bottom"
+    assert not any(output.output_type == "error" for cell in code for output in cell.outputs)
+    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    assert book.metadata.kernelspec.name == "python3"
+    for part in ("What you will learn", "Exercises", "<summary>Answer</summary>", "https://arxiv.org/abs/2502.12511"):
+        assert part in prose, part
+    assert (FOLDER / f"{name}.ipynb").stat().st_size < 1_500_000
+
+
+@every_notebook
+def test_a_committed_notebook_shows_no_path_of_a_machine(name):
+    local = re.compile(r"/home/|/root/|/Users/|/tmp/|/var/folders/|/work/|\\Users\\|site-packages|ipykernel_")
+    for cell in read(name).cells:
+        for text in texts(cell) if cell.cell_type == "code" else ():
+            assert not local.search(text), f"{cell.id}: {local.search(text)[0]} in {text[:200]!r}"
