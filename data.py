@@ -426,7 +426,7 @@ class Corpus:
         return self
 
     def sample_pairs(self, clip_ids, generator=None, part=slice(None)):
-        """Two independent random segments of each clip in `clip_ids` (B,): two (B, 128, 96) float16 on the corpus's device.
+        """Two independent random segments of each clip in `clip_ids` (B,): (2, B, 128, 96) float16 on the corpus's device.
 
         `part` draws for the whole batch but reads only that slice of it, for processes that share a batch.
         """
@@ -436,9 +436,9 @@ class Corpus:
         chance = torch.rand(2, len(clip_ids), generator=generator, dtype=torch.float64, device=where).to(device)
         room = self.frames[clip_ids] - FRAMES + 1  # possible starts
         starts = self.first[clip_ids] + (chance * room).long()  # (2, B)
-        windows = self.mel.unfold(0, FRAMES, 1)  # every segment of the corpus, as a view: (rows - 95, 128, 96)
-        view1, view2 = windows[starts[:, part]]
-        return view1, view2
+        rows = starts[:, part, None] + torch.arange(FRAMES, device=device)  # (2, B, 96)
+        frames = self.mel.index_select(0, rows.flatten())  # one gather of whole rows, 256 bytes each
+        return frames.view(*rows.shape, N_MELS).transpose(2, 3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 MEL_BANDS, FRAMES = 128, 96  # of a segment
 PATCHES = {"square": (16, 16), "vertical": (128, 2)}  # mel bands x frames; both make N = 48 patches of P = 256 values
@@ -93,7 +94,11 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.to_qkv(self.norm(x))  # (B, K, 3 D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, K, D / heads)
-        out = F.scaled_dot_product_attention(q, k, v)
+        if q.is_cuda and x.shape[1] <= 8:  # fused attention works on tiles of 64 tokens; for 5, sums that torch.compile fuses
+            weights = (q[..., :, None, :] * k[..., None, :, :]).sum(dim=-1) * q.shape[-1] ** -0.5  # (B, heads, K, K)
+            out = (weights.softmax(dim=-1)[..., None] * v[..., None, :, :]).sum(dim=-2)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, K, D)
 
 
@@ -203,15 +208,22 @@ class Myna(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def similarities(z1, z2):
-    """Cosine similarity of every view with every other: (B, d) twice -> (2B, 2B) float32, with -inf on the diagonal."""
+BLOCK = 2**28  # entries of the similarity matrix that are held at once, a gigabyte: all of it up to 8,192 pairs
+
+
+def similarities(z1, z2, rows=slice(None)):
+    """Cosine similarity of every view with every other: (B, d) twice -> (2B, 2B) float32, or only some `rows` of it.
+
+    No view is compared with itself: there it says -inf.
+    """
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)
+    own = torch.arange(len(z), device=z.device)[rows, None]
     with torch.autocast(z.device.type, enabled=False):  # bfloat16 would round 1.000 and 0.999 to the same number
-        return (z @ z.T).fill_diagonal_(-torch.inf)
+        return (z[rows] @ z.T).scatter_(1, own, -torch.inf)
 
 
-def info_nce(z1, z2, temperature=0.1, decoupled=False):
-    """The contrastive loss of B pairs of views (B, d): a scalar in nats, mean over all 2B views as anchors.
+def anchor_losses(z1, z2, temperature=0.1, decoupled=False, rows=slice(None)):
+    """The loss of each view as an anchor, (2B,) in nats, and whether its partner is the nearest of all views, (2B,) bool.
 
     With s(a, b) the cosine similarity over the temperature and a' the other view of a's piece, the loss of an anchor a is
 
@@ -221,16 +233,38 @@ def info_nce(z1, z2, temperature=0.1, decoupled=False):
     decoupled (as section 3.1 prints it): b runs over all views of the other pieces, 2B - 2, so a' is missing below the line
 
     There are two because the paper prints the second, with [j != i], and says that it uses SimCLR's, which is the first. The
-    printed sum has only the views z(1) as anchors; here both views are, in both forms. Raises ValueError for a single pair.
+    printed sum has only the views z(1) as anchors; here both views are, in both forms.
     """
-    if len(z1) < 2:
-        raise ValueError("the contrastive loss needs at least two pairs: with one there is nothing to push away")
-    logits = similarities(z1, z2) / temperature  # (2B, 2B)
-    partner = torch.arange(2 * len(z1), device=z1.device).roll(len(z1))  # where a' is: (2B,)
+    logits = similarities(z1, z2, rows) / temperature  # (2B, 2B)
+    partner = torch.arange(2 * len(z1), device=z1.device).roll(len(z1))[rows]  # where a' is: (2B,)
+    nearest = logits.detach().argmax(dim=1) == partner
     positive = logits.gather(1, partner[:, None])  # (2B, 1)
     if decoupled:
         logits = logits.scatter(1, partner[:, None], -torch.inf)
-    return (logits.logsumexp(dim=1, keepdim=True) - positive).mean()
+    return (logits.logsumexp(dim=1, keepdim=True) - positive).squeeze(1), nearest
+
+
+def contrast(z1, z2, temperature=0.1, decoupled=False):
+    """The contrastive loss of B pairs of views (B, d), and the share of views whose partner is the nearest: two scalars.
+
+    A similarity matrix of more than BLOCK entries is never held as a whole, but made so many rows at a time, and once more in
+    the backward pass. Raises ValueError for a single pair.
+    """
+    if len(z1) < 2:
+        raise ValueError("the contrastive loss needs at least two pairs: with one there is nothing to push away")
+    size = max(1, BLOCK // (2 * len(z1)))
+    blocks = [slice(first, first + size) for first in range(0, 2 * len(z1), size)]
+    if len(blocks) == 1:
+        losses, nearest = anchor_losses(z1, z2, temperature, decoupled)
+    else:
+        parts = [checkpoint(anchor_losses, z1, z2, temperature, decoupled, rows, use_reentrant=False) for rows in blocks]
+        losses, nearest = map(torch.cat, zip(*parts))
+    return losses.mean(), nearest.float().mean()
+
+
+def info_nce(z1, z2, temperature=0.1, decoupled=False):
+    """The contrastive loss of B pairs of views (B, d): a scalar in nats, the mean of `anchor_losses` over all 2B views."""
+    return contrast(z1, z2, temperature, decoupled)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

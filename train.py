@@ -31,12 +31,12 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, report
-from model import SIZES, Config, Myna, info_nce, keep_tokens, read_checkpoint, save_model, similarities
+from model import BLOCK, SIZES, Config, Myna, contrast, keep_tokens, read_checkpoint, save_model
 
 N_TOKENS = 48  # of either patch shape
 DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears larger steps
 
-NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device")  # free to differ each time a run goes on
+NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device", "compile")  # free to differ each time a run goes on
 FREE = ("steps", "data")  # stored as defaults, and free to differ: a longer run, a corpus that was moved
 
 
@@ -64,6 +64,8 @@ def command_line():
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings, or start it")
     parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
+    parser.add_argument("--precision", choices=["bf16", "float32"], help="of the encoder's products (default: bf16 on a GPU)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on a GPU with Triton)")
     return parser
 
 
@@ -156,9 +158,10 @@ def draw_batch(corpus, clips, batch, step, args, part=slice(None)):
     Drawn from (seed, step) for the whole batch; `part` is the slice of it, b pairs, that this process computes.
     """
     epoch, position = divmod(step, len(clips) // batch)
-    ids = clips[shuffled(len(clips), seed_of(args.seed, 0, epoch))[position * batch : (position + 1) * batch]]
+    order = shuffled(len(clips), seed_of(args.seed, 0, epoch), clips.device)
+    ids = clips[order[position * batch : (position + 1) * batch]]
     generator = torch.Generator(corpus.mel.device).manual_seed(seed_of(args.seed, 1, step))
-    views = torch.stack(corpus.sample_pairs(ids, generator, part))
+    views = corpus.sample_pairs(ids, generator, part)
     kept = {}
     for patch in ("square", "vertical") if args.patch == "hybrid" else (args.patch,):
         kept[patch] = keep_tokens(2 * batch, N_TOKENS, args.mask, generator, corpus.mel.device).view(2, batch, -1)[:, part]
@@ -166,9 +169,9 @@ def draw_batch(corpus, clips, batch, step, args, part=slice(None)):
 
 
 @lru_cache(maxsize=1)  # a large corpus takes longer to shuffle than a step
-def shuffled(n, seed):
-    """The order of an epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+def shuffled(n, seed, device):
+    """The order of an epoch, the same on every device."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def seed_of(*numbers):
@@ -202,7 +205,7 @@ def memory_needed(size, batch, mask, world=1):
     tokens = views * (N_TOKENS - int(mask * N_TOKENS))
     activations = tokens * depth * (9 * dim + 2 * hidden)  # kept for the backward pass
     segments = views * N_MELS * FRAMES * 2  # float16 and copies of it: the batch, the next one, its patches
-    similarity = 4 * (2 * batch) ** 2  # every view with every view, and what the loss makes of it
+    similarity = 4 * min((2 * batch) ** 2, BLOCK)  # views with views, and what the loss makes of them
     weights = 4 * depth * (4 * dim**2 + 2 * dim * hidden)  # with gradients and Adam's two means
     return 4 * (activations + segments + similarity + weights)
 
@@ -231,7 +234,7 @@ def duration(seconds):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def contrast(forward, views, kept, patch, args):
+def batch_loss(forward, views, kept, patch, args):
     """One patch shape's loss, and the share of views whose partner is the nearest view of the whole batch (both scalars).
 
     With several processes, each computes its own rows' vectors and then the loss of the whole batch. It differentiates that
@@ -243,11 +246,7 @@ def contrast(forward, views, kept, patch, args):
         dist.all_gather(parts, z.detach().contiguous())
         parts[dist.get_rank()] = z
         z = torch.cat(parts, dim=1)  # (2, B, projection)
-    loss = info_nce(*z, args.temperature, args.decoupled)
-    with torch.no_grad():
-        nearest = similarities(*z).argmax(dim=1)
-        partner = torch.arange(len(nearest), device=nearest.device).roll(z.shape[1])
-    return loss, (nearest == partner).float().mean()
+    return contrast(*z, args.temperature, args.decoupled)
 
 
 def train_step(forward, optimizer, views, kept, args, device):
@@ -259,8 +258,8 @@ def train_step(forward, optimizer, views, kept, args, device):
     optimizer.zero_grad()
     figures = []
     for patch in kept:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, retrieval = contrast(forward, views, kept, patch, args)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            loss, retrieval = batch_loss(forward, views, kept, patch, args)
         (loss / len(kept)).backward()
         figures.append(torch.stack([loss.detach(), retrieval]))
     if dist.is_initialized():
@@ -287,6 +286,9 @@ def train(args, checkpoint):
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    args.precision = args.precision or ("bf16" if on_gpu else "float32")
+    if args.compile is None:
+        args.compile = on_gpu and importlib.util.find_spec("triton") is not None  # Windows has no Triton
     if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
     say = tqdm.write if rank == 0 else lambda line: None
@@ -314,6 +316,7 @@ def train(args, checkpoint):
         raise ValueError(f"a batch of {batch} {sizes}: take a smaller --batch")
     if on_gpu and needed + corpus.mel.nbytes < 0.9 * torch.cuda.mem_get_info(device)[1]:
         corpus.to(device)  # decided by all the memory there is, not by what is free: the same each time and for each process
+        clips = clips.to(device)  # so that drawing a batch copies nothing from here to there: that would wait for the GPU
 
     # 3) model and optimiser
     torch.manual_seed(args.seed)
@@ -328,7 +331,7 @@ def train(args, checkpoint):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
-    forward = torch.compile(model) if on_gpu and importlib.util.find_spec("triton") else model  # Windows has no Triton
+    forward = torch.compile(model) if args.compile else model
 
     # 4) the log, cut back to the checkpoint
     log_path = args.out / "log.jsonl"
@@ -365,7 +368,11 @@ def train(args, checkpoint):
 
     signal.signal(signal.SIGINT, told_to_stop)
     signal.signal(signal.SIGTERM, told_to_stop)
-    draw = lambda at: draw_batch(corpus, clips, batch, at, args, part)
+
+    def draw(at):
+        views, kept = draw_batch(corpus, clips, batch, at, args, part)
+        return (views.pin_memory() if on_gpu and not views.is_cuda else views), kept  # pinned: copied while the GPU works
+
     batches = map(draw, itertools.count(step)) if corpus.mel.is_cuda else one_ahead(draw, step)
     every = 10 if on_gpu else 1  # steps between looks at the figures, since a look waits for the GPU
     pending, looks, estimated = [], 0, False
@@ -374,7 +381,8 @@ def train(args, checkpoint):
     with bar, open(log_path if rank == 0 else os.devnull, "a") as log:
         while step < total:
             views, kept = next(batches)
-            views, kept = views.to(device), {patch: tokens.to(device) for patch, tokens in kept.items()}
+            views = views.to(device, non_blocking=True)
+            kept = {patch: tokens.to(device) for patch, tokens in kept.items()}
             pending.append(train_step(forward, optimizer, views, kept, args, device))
             step += 1
             bar.update()
@@ -428,6 +436,8 @@ def train(args, checkpoint):
         others = 2 * batch - 1
         nothing = math.log(others - args.decoupled)
         say(f"loss      {looks[0]['loss']:.2f} at the start, {loss:.2f} at the end; knowing nothing costs {nothing:.2f}")
+        if loss > nothing - 0.05:
+            say("          so nothing was learned: all vectors may have become one; try a smaller --lr or a larger --batch")
         say(f"nearest   {retrieval:.1%} of the views find their partner nearest of {others:,} others; chance: {1 / others:.2%}")
         say(f"next      python probe.py --task synth-key --checkpoint {args.out / 'checkpoint.pt'}")
 

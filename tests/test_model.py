@@ -8,8 +8,11 @@ import resource
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import PATCHES, SIZES, Config, Myna, info_nce, keep_tokens, load_model, patchify, save_model, sincos_2d, similarities, unpatchify
+import model as stage
+from model import PATCHES, SIZES, Config, Myna, contrast, info_nce, keep_tokens, load_model, patchify, save_model, sincos_2d, similarities, unpatchify
 
 GRIDS = {"square": (8, 6), "vertical": (1, 48)}
 
@@ -252,6 +255,41 @@ def test_loss_of_knowing_nothing_and_everything():
         info_nce(torch.ones(1, 8), torch.ones(1, 8))
 
 
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes, in the backward pass as well."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.largest = max([self.largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_loss_in_blocks_is_the_loss_without_the_whole_matrix(decoupled, monkeypatch):
+    z1, z2 = torch.randn(50, 16, generator=generator(1)), torch.randn(50, 16, generator=generator(2))
+    z2[:20] += 2 * z1[:20]
+    found = {}
+    for block in (stage.BLOCK, 100 * 7, 1):  # at once; 7 rows at a time, the last time 2; row by row
+        monkeypatch.setattr(stage, "BLOCK", block)
+        leaves = [z1.clone().requires_grad_(), z2.clone().requires_grad_()]
+        with Largest() as mode:
+            loss, nearest = contrast(*leaves, 0.2, decoupled)
+            loss.backward()
+        assert (mode.largest == 100 * 100) if block == 2**28 else mode.largest <= max(700, 100 * 16)
+        found[block] = (loss.item(), nearest.item(), *(leaf.grad for leaf in leaves))
+    whole = found[2**28]
+    assert whole[0] == pytest.approx(slow_loss(z1, z2, 0.2, decoupled).item(), rel=1e-5)
+    z = F.normalize(torch.cat([z1, z2]).double(), dim=1)
+    found_partner = [max((b for b in range(100) if b != a), key=lambda b: z[a] @ z[b]) == (a + 50) % 100 for a in range(100)]
+    assert whole[1] == pytest.approx(sum(found_partner) / 100) and 0.2 < whole[1] < 0.9
+    for block in (700, 1):
+        assert found[block][:2] == pytest.approx(whole[:2], rel=1e-6)
+        for fast, slow in zip(found[block][2:], whole[2:]):
+            assert torch.allclose(fast, slow, atol=1e-7, rtol=1e-4)
+
+
 def test_loss_is_computed_in_float32_under_autocast():
     z1 = torch.randn(64, 32, generator=generator(1)).bfloat16()
     z2 = (z1 + 0.01 * torch.randn(64, 32, generator=generator(2))).bfloat16()
@@ -306,7 +344,7 @@ def test_released_files_load(tmp_path, hybrid):
         assert model.config.patch == "hybrid" and model.embed(power(2)).shape == (2, 768)
         assert torch.equal(model.to_patch_embedding["vertical"][1].weight, weights["to_patch_embedding_b.2.weight"])
     else:
-        with pytest.raises(ValueError, match="patch='square' or 'vertical'"):
+        with pytest.raises(ValueError, match="patch='square' or patch='vertical'"):
             load_model(tmp_path / "myna.pt")
         model = load_model(tmp_path / "myna.pt", patch="vertical")
         assert model.config.patch == "vertical" and model.embed(power(2)).shape == (2, 384)

@@ -108,7 +108,7 @@ def test_every_clip_once_an_epoch_and_new_segments_each_time(folder):
     clips = train.choose_clips(corpus, None, 0)
     args = train.command_line().parse_args(["--seed", "4"])
     asked = []
-    corpus.sample_pairs = lambda ids, *rest: asked.append(ids) or (torch.zeros(1), torch.zeros(1))
+    corpus.sample_pairs = lambda ids, *rest: asked.append(ids) or torch.zeros(2, 1)
     for step in range(8):
         train.draw_batch(corpus, clips, 10, step, args)
     first, second = torch.cat(asked[:4]), torch.cat(asked[4:])
@@ -304,3 +304,19 @@ def test_training_learns(folder):
 def test_help_fits_a_screen(folder):
     done = run(folder, "--help", env={**os.environ, "COLUMNS": "120"})
     assert done.returncode == 0 and done.stdout.count("\n") < 45
+
+
+def test_bfloat16_and_compiling_on_a_cpu(folder):
+    """What a GPU run uses: the same losses as float32 without, to bfloat16's rounding."""
+    arguments = ["--data", "corpora/small", *SMALL, "--steps", 3]
+    for name, more in (("plain", []), ("bf16", ["--precision", "bf16", "--compile"])):
+        done = run(folder, *arguments, "--out", f"runs/{name}", *more)
+        assert done.returncode == 0, done.stderr
+    plain, bf16 = ([line["loss"] for line in log_of(folder / f"runs/{name}")[1:]] for name in ("plain", "bf16"))
+    assert plain != bf16 and np.allclose(plain, bf16, rtol=0.03)
+    kept = weights(folder / "runs/bf16/checkpoint.pt")
+    assert kept.keys() == weights(folder / "runs/plain/checkpoint.pt").keys() and all(w.dtype == torch.float32 for w in kept.values())
+    done = run(folder, "--data", "corpora/small", "--out", "runs/bf16", "--resume", "--precision", "float32")
+    assert done.returncode == 2 and "its --precision is bf16" in done.stderr
+    done = run(folder, "--data", "corpora/small", "--out", "runs/bf16", "--resume", "--no-compile", "--steps", 4)
+    assert done.returncode == 0 and log_of(folder / "runs/bf16")[0]["settings"]["precision"] == "bf16"
