@@ -1,42 +1,292 @@
-"""How fast, against the obvious way of doing the same work in the same run: `python tests/bench.py`.
+"""How fast, against the obvious way of doing the same work in the same run, and against what the machine can do.
 
-The grid of probes on features of GTZAN's size (443 clips x 384, 10 classes), a fixed number of steps without early stopping:
-side by side as `probe.fit_grid` trains them, and one configuration after the other. Not collected by pytest.
+    python tests/bench.py                    all of it, under five minutes on two CPU cores; with a GPU, on that
+    python tests/bench.py step grid          some of mel, corpus, pairs, step, ranks, grid, faults
+
+A line gives the figure, that of the obvious way, their ratio, and the limit: the operations or bytes that the work needs over
+what this machine does in a plain matrix product or a plain copy, measured first. Every stage does a fixed amount of work; each
+figure is the best of three, or the median of a run's steps. Not collected by pytest.
 """
 
+import argparse
+import json
+import os
+import pickle
+import random
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+import soundfile
 import torch
+from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from data import (  # noqa: E402
+    FRAMES, HOP, N_FFT, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, load_audio, mel_filterbank, mel_spectrogram
+)  # fmt: skip
+from model import SIZES, Config, Myna, info_nce, patchify  # noqa: E402
 from probe import GRID, fit_grid  # noqa: E402
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GPU = DEVICE.type == "cuda"
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+TOKENS, KEPT = 48, 5
 
-def seconds(configurations, train, steps):
-    """Wall time of training these configurations, the device waited for."""
-    started = time.perf_counter()
-    fit_grid(configurations, train, train, "classes", 10, steps=steps)
-    if train[0].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+
+def seconds(work, repeats=3):
+    """The shortest wall time of so many calls, after one that does not count, a GPU waited for."""
+    best = float("inf")
+    for repeat in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if GPU:
+            torch.cuda.synchronize()
+        if repeat:
+            best = min(best, time.perf_counter() - started)
+    return best
+
+
+def machine():
+    """What this machine does: (operations a second in a matrix product as train.py has them, bytes a second in a copy)."""
+    n, dtype = (8192, torch.bfloat16) if GPU else (1536, torch.float32)
+    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    big = torch.empty(2**30 if GPU else 2**27, dtype=torch.uint8, device=DEVICE).random_()
+    other = big.clone()
+    return 2 * n**3 / seconds(lambda: a @ a), 2 * len(big) / seconds(lambda: other.copy_(big))
+
+
+def line(name, unit, ours, obvious=None, limit=None):
+    """One row of the table; figures are per second, more is better."""
+    cells = [f"{name:<44}", f"{ours:>12,.0f}", f"{obvious:>12,.0f}" if obvious else " " * 12]
+    cells += [f"{ours / obvious:>7.1f}x" if obvious else " " * 8, f"{limit:>14,.0f} {ours / limit:>5.0%}" if limit else " " * 20, f"  {unit}"]
+    print("".join(cells).rstrip(), flush=True)
+
+
+def bench_mel(flops, copy):
+    """The mel front end, against an STFT as a convolution with windowed sines and cosines."""
+    waves = torch.randn(64 if GPU else 8, 10 * SAMPLE_RATE, device=DEVICE)
+    angle = 2 * torch.pi * torch.outer(torch.arange(N_FFT // 2 + 1), torch.arange(N_FFT)) / N_FFT
+    kernels = (torch.stack([angle.cos(), angle.sin()]) * torch.hann_window(N_FFT)).view(-1, 1, N_FFT).to(DEVICE)
+    bank = mel_filterbank().to(DEVICE)
+
+    def convolution():
+        padded = F.pad(waves[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect")
+        return bank @ F.conv1d(padded, kernels, stride=HOP).unflatten(1, (2, -1)).square().sum(dim=1)
+
+    assert torch.allclose(convolution(), mel_spectrogram(waves), rtol=1e-2, atol=1e-2)
+    sound = waves.numel() / SAMPLE_RATE
+    operations = waves.numel() / HOP * (2.5 * N_FFT * np.log2(N_FFT) + 2 * N_MELS * (N_FFT // 2 + 1))  # a real FFT, the bank
+    limit = sound / (operations / flops)
+    line("mel of 10 s waves, not a convolution", "seconds of sound", sound / seconds(lambda: mel_spectrogram(waves)), sound / seconds(convolution), limit)
+
+
+def bench_corpus(flops, copy):
+    """A folder into a corpus, against one file after the other; the limit is decoding alone, in all cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        music, generator = Path(folder, "music"), np.random.default_rng(0)
+        music.mkdir()
+        for number in range(30 * CORES):
+            wave = 0.1 * generator.standard_normal(120 * 44_100).cumsum() / 100
+            soundfile.write(music / f"{number}.flac", wave - wave.mean(), 44_100)
+        files = sorted(music.glob("*.flac"))
+
+        def one_by_one():
+            for path in files:
+                np.save(path.with_suffix(".npy"), mel_spectrogram(torch.as_tensor(load_audio(path))).half().numpy())
+
+        started = time.perf_counter()
+        with open(os.devnull, "w") as nowhere:
+            stderr, sys.stderr = sys.stderr, nowhere  # the bar
+            build_corpus(music, Path(folder, "corpus"))
+            sys.stderr = stderr
+        ours = time.perf_counter() - started
+        obvious = seconds(one_by_one, 1)
+        decode = seconds(lambda: [soundfile.read(path) for path in files], 1) / CORES
+    sound = 120 * len(files)
+    line("corpus from 44.1 kHz FLAC, its workers' start in it", "seconds of sound", sound / ours, sound / obvious, sound / decode)
+
+
+def fake_corpus(path, clips):
+    """A corpus of ten-second clips of noise: a megabyte or so of it, over and over, with an index that fits."""
+    path.mkdir()
+    frames = 10 * SAMPLE_RATE // HOP + 1
+    block = torch.randn(64 * frames, N_MELS).exp().half().numpy().tobytes()
+    with open(path / "mel.f16", "wb") as file:
+        for _ in range(clips // 64):
+            file.write(block)
+    clips = clips // 64 * 64
+    entries = [{"source": "noise"}, {"file": "noise", "clips": [[10.0 * i, frames] for i in range(clips)]}, {"totals": {}}]
+    (path / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return Corpus(path)
+
+
+class Pickled(torch.utils.data.Dataset):
+    """Clips in files of their own."""
+
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        mel = pickle.loads(Path(self.folder, f"{i}.pickle").read_bytes())
+        starts = torch.randint(mel.shape[1] - FRAMES + 1, (2,)).tolist()
+        return [mel[:, start : start + FRAMES] for start in starts]
+
+
+def bench_pairs(flops, copy):
+    """Pairs of segments from a corpus, against clips pickled one a file behind a DataLoader with as many workers as cores."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = fake_corpus(Path(folder, "corpus"), 4096)
+        for i in range(len(corpus)):
+            rows = corpus.mel[corpus.first[i] : corpus.first[i] + corpus.frames[i]]
+            Path(folder, f"{i}.pickle").write_bytes(pickle.dumps(rows.T.contiguous()))
+        loader = torch.utils.data.DataLoader(Pickled(folder, len(corpus)), 512, shuffle=True, num_workers=CORES)
+        if GPU:
+            corpus.to(DEVICE)
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def ours():
+            for ids in torch.randperm(len(corpus)).split(512):
+                corpus.sample_pairs(ids, generator).to(DEVICE)
+
+        def obvious():
+            for views in loader:
+                torch.stack(views).to(DEVICE)
+
+        limit = copy / (2 * 2 * FRAMES * N_MELS * 2)  # two views, read and written
+        line("pairs from a memory map, not from pickles", "pairs", len(corpus) / seconds(ours), len(corpus) / seconds(obvious, 1), limit)
+
+
+def train(folder, name, *arguments, processes=1, threads=None):
+    """train.py as people run it: the median of its pairs a second over the second half of its steps."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--out", f"runs/{name}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    speeds = [json.loads(text)["pairs_per_second"] for text in Path(folder, "runs", name, "log.jsonl").read_text().splitlines()[1:]]
+    return statistics.median(speeds[len(speeds) // 2 :])
+
+
+def operations_of_a_pair(size):
+    """Forward and backward of both views through tokenizer and encoder, five tokens each, a multiplication and an addition as two."""
+    dim, depth, _, hidden = SIZES[size]
+    return 2 * KEPT * 3 * 2 * (256 * dim + depth * (4 * dim**2 + 2 * dim * hidden + 2 * KEPT * dim))
+
+
+def obvious_steps(corpus, size, patch, batch):
+    """Pairs a second when all tokens are projected first, and then a mask is drawn for one example after the other."""
+    torch.manual_seed(0)
+    model = Myna(Config(size, patch)).to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4)
+    generator = torch.Generator().manual_seed(0)
+
+    def step():
+        views = corpus.sample_pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
+            tokens = model.to_patch_embedding[patch](patchify(views, patch).float()) + getattr(model, f"position_{patch}")
+            kept = [row[torch.randperm(TOKENS, generator=generator)[:KEPT].to(DEVICE)] for row in tokens]
+            z = model.projector(model.transformer(torch.stack(kept)).mean(dim=1))
+        info_nce(*z.unflatten(0, (2, -1))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return batch / seconds(step)
+
+
+def bench_step(flops, copy):
+    """Training steps through train.py's own loop, data included: on a GPU the paper's batch and a corpus of 24 GB."""
+    size, batch, steps, clips = ("vit-s", 4096, 400, 300_000) if GPU else ("vit-s", 64, 6, 1024)
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = fake_corpus(Path(folder, "noise"), clips)
+        limit = flops / operations_of_a_pair(size)
+        for patch in ("square", "vertical"):
+            ours = train(folder, patch, "--data", "noise", "--patch", patch, "--size", size, "--batch", batch, "--steps", steps)
+            if patch == "square" and GPU:
+                corpus.to(DEVICE)
+            obvious = obvious_steps(corpus, size, patch, batch)
+            line(f"step of {batch} pairs, {size} {patch}", "pairs", ours, obvious, limit)
+        corpus.mel = corpus.mel.cpu() if GPU else corpus.mel
+        ours = train(folder, "hybrid", "--data", "noise", "--size", size, "--batch", batch, "--steps", steps)
+        line(f"step of {batch} pairs, {size} hybrid", "pairs", ours, limit=limit / 2)
+
+
+def bench_ranks(flops, copy):
+    """Two processes that share a batch against one, a thread each (obvious: one)."""
+    if CORES < 2:
+        return print("ranks: one core only, left out")
+    with tempfile.TemporaryDirectory() as folder:
+        fake_corpus(Path(folder, "noise"), 1024)
+        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", 64, "--steps", 6, "--device", "cpu"]
+        one = train(folder, "one", *run, threads=1)
+        line("two ranks against one, a thread each, ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
+
+
+def bench_grid(flops, copy):
+    """Probes on features of GTZAN's size (443 x 384, 10 classes) side by side, against one configuration after the other."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(443, 384, generator=generator).to(DEVICE), torch.randint(10, (443,), generator=generator).to(DEVICE)
+    for hidden, name, steps in (((), "linear", 200), ((512,), "MLP of 512", 16)):
+        for batch in (64, 256):
+            chosen = [c for c in GRID if c.hidden == hidden and c.batch == batch]
+            fit = lambda configurations: fit_grid(configurations, train, train, "classes", 10, steps=steps)
+            together = seconds(lambda: fit(chosen), 2)
+            alone = seconds(lambda: [fit([c]) for c in chosen], 1)
+            values = sum(a * b for a, b in zip((384, *hidden), (*hidden, 10)))
+            work = len(chosen) * steps
+            line(f"grid of {len(chosen)} probes, {name}, batch {batch}", "probe steps", work / together, work / alone, flops / (6 * batch * values))
+
+
+def bench_faults(flops, copy):
+    """A run killed twenty times at random moments and resumed: the same weights as an undisturbed one?"""
+    with tempfile.TemporaryDirectory() as folder:
+        with open(os.devnull, "w") as nowhere:
+            stderr, sys.stderr = sys.stderr, nowhere
+            build_embedded_corpus(64, 0, Path(folder, "small"))
+            sys.stderr = stderr
+        run = ["--data", "small", "--size", "tiny", "--batch", 16, "--steps", 60, "--save-minutes", 1e-9, "--resume", "--device", "cpu"]
+        train(folder, "whole", *run)
+        chance, kills = random.Random(0), 0
+        log = Path(folder, "runs/killed/log.jsonl")
+        while kills < 20:
+            process = subprocess.Popen(
+                [sys.executable, ROOT / "train.py", "--out", "runs/killed", *map(str, run)],
+                cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            before = log.read_bytes().count(b"\n") if log.exists() else 0
+            while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > before):
+                time.sleep(0.005)
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+            process.communicate()
+            kills += 1
+        train(folder, "killed", *run)
+        a, b = (torch.load(Path(folder, "runs", name, "checkpoint.pt"), weights_only=True)["model"] for name in ("whole", "killed"))
+        same = all(torch.equal(a[name], b[name]) for name in a)
+        print(f"faults: killed {kills} times at random moments of 60 steps and resumed: weights {'the same to the bit' if same else 'DIFFER'}")
+        assert same
 
 
 def main():
     """The table."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = torch.Generator().manual_seed(0)
-    train = torch.randn(443, 384, generator=generator).to(device), torch.randint(10, (443,), generator=generator).to(device)
-    print(f"{device}, {torch.get_num_threads()} threads; milliseconds a step of 54 configurations")
-    print(f"{'probes':<22}{'side by side':>14}{'one by one':>14}{'ratio':>8}")
-    for hidden, name, steps in (((), "linear", 200), ((512,), "MLP of 512", 20)):
-        for batch in (64, 256):
-            chosen = [c for c in GRID if c.hidden == hidden and c.batch == batch]
-            seconds(chosen[:2], train, 2)
-            together = seconds(chosen, train, steps)
-            alone = sum(seconds([c], train, steps) for c in chosen)
-            print(f"{name + f', batch {batch}':<22}{together / steps * 1e3:>14.2f}{alone / steps * 1e3:>14.2f}{alone / together:>8.1f}")
+    stages = {name.removeprefix("bench_"): stage for name, stage in globals().items() if name.startswith("bench_")}
+    parser = argparse.ArgumentParser(description="How fast, against the obvious way and against the machine.")
+    parser.add_argument("stages", nargs="*", choices=[*stages, "all"], default="all", metavar="STAGE", help=", ".join(stages))
+    asked = parser.parse_args().stages
+    flops, copy = machine()
+    name = torch.cuda.get_device_name() if GPU else f"CPU, {CORES} cores, {torch.get_num_threads()} threads"
+    print(f"{name}: {flops / 1e9:,.0f} GFLOP/s in a matrix product, {copy / 1e9:,.1f} GB/s in a copy; figures a second, more is better\n")
+    print(f"{'':<44}{'ours':>12}{'obvious':>12}{'ratio':>8}{'limit':>14}{'of it':>6}")
+    for stage in stages if "all" in asked else asked:
+        stages[stage](flops, copy)
 
 
 if __name__ == "__main__":
