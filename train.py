@@ -437,7 +437,7 @@ def train(args, checkpoint):
         nothing = math.log(others - args.decoupled)
         say(f"loss      {looks[0]['loss']:.2f} at the start, {loss:.2f} at the end; knowing nothing costs {nothing:.2f}")
         if loss > nothing - 0.05:
-            say("          so nothing was learned: all vectors may have become one; try a smaller --lr or a larger --batch")
+            say("          so nothing was learned yet; if it stays so, all vectors have become one: try a smaller --lr")
         say(f"nearest   {retrieval:.1%} of the views find their partner nearest of {others:,} others; chance: {1 / others:.2%}")
         say(f"next      python probe.py --task synth-key --checkpoint {args.out / 'checkpoint.pt'}")
 
