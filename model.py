@@ -81,6 +81,16 @@ def sincos_2d(height, width, dim):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def attention_of_few(q, k, v):
+    """softmax(q k' / sqrt(d)) v for the few tokens that masking leaves, (B, heads, K, d) each, on a GPU.
+
+    Fused attention works on tiles of 64 tokens and more, nearly all of it idle for 5; torch.compile makes these sums one pass
+    over q, k and v.
+    """
+    weights = (q[..., :, None, :] * k[..., None, :, :]).sum(dim=-1) * q.shape[-1] ** -0.5  # (B, heads, K, K)
+    return (weights.softmax(dim=-1)[..., None] * v[..., None, :, :]).sum(dim=-2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, LayerNorm in front, no biases in its two linear layers: (B, K, D) -> (B, K, D)."""
 
@@ -94,11 +104,8 @@ class Attention(nn.Module):
     def forward(self, x):
         qkv = self.to_qkv(self.norm(x))  # (B, K, 3 D)
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, heads, K, D / heads)
-        if q.is_cuda and x.shape[1] <= 8:  # fused attention works on tiles of 64 tokens; for 5, sums that torch.compile fuses
-            weights = (q[..., :, None, :] * k[..., None, :, :]).sum(dim=-1) * q.shape[-1] ** -0.5  # (B, heads, K, K)
-            out = (weights.softmax(dim=-1)[..., None] * v[..., None, :, :]).sum(dim=-2)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v)
+        few = q.is_cuda and x.shape[1] <= 8
+        out = attention_of_few(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).flatten(2))  # (B, K, D)
 
 
