@@ -151,6 +151,13 @@ def test_encoder_is_the_definition(patch, log_mel):
     assert (model.embed(mel, patch)[0] - everything).norm() / everything.norm() < 1e-5
 
 
+def test_attention_of_few_tokens_is_attention():
+    q, k, v = (torch.randn(3, 2, 5, 64, generator=generator(i), dtype=torch.float64) for i in range(3))
+    expected = torch.stack([torch.stack([torch.softmax(a @ b.T / 8, dim=1) @ c for a, b, c in zip(*x)]) for x in zip(q, k, v)])
+    assert torch.allclose(stage.attention_of_few(q, k, v), expected, atol=1e-12)
+    assert torch.allclose(F.scaled_dot_product_attention(q, k, v), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("patch", PATCHES)
 def test_nothing_is_computed_for_a_dropped_token(patch):
     model = tiny()
