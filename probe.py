@@ -751,6 +751,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     flags = torch.tensor([flag for flag, _ in kinds], device=device).long()
     rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
     members = [sum(_input_of(c) == kind for c in configurations) for kind in kinds]  # how many share each input
+    which = torch.arange(len(kinds)).repeat_interleave(torch.tensor(members)).to(device)
     look_x = (valid_x - shift[flags, None]) * scale[flags, None]  # (kinds, n, F)
 
     # Every member begins with the same weights, torch's own for a linear layer, and draws the same batches and dropout
@@ -768,7 +769,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
         if not hidden:  # linear probes are narrow: all that share an input are one product with their weights side by side
             wide = [x @ w.transpose(0, 1).flatten(1) for x, w in zip(inputs, layers[0].split(members))]  # (B, members * C)
             return torch.cat([z.unflatten(1, (-1, outputs)).transpose(0, 1) for z in wide if z.shape[1]]) + layers[1]
-        inputs = inputs.repeat_interleave(torch.tensor(members, device=device), dim=0, output_size=len(layers[0]))
+        inputs = inputs[which]  # (S, B, F)
         for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
             inputs = torch.baddbmm(bias, inputs, weight).relu()
             if drop:
@@ -804,7 +805,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
                 return done
             alive = [alive[i] for i in stay.tolist()]
             members = [sum(_input_of(configurations[i]) == kind for i in alive) for kind in kinds]
-            lr, l2, dropout = (t[stay] for t in (lr, l2, dropout))
+            which, lr, l2, dropout = (t[stay] for t in (which, lr, l2, dropout))
             best_score, best_step = best_score[stay], best_step[stay]
             layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
 
