@@ -61,8 +61,11 @@ def side_by_side(features):
 
 
 def scored(kind, metric, targets, outputs, clean=None):
-    """Scores of `outputs` (R, n, C), one entry a draw of the noise: the mean of each metric, and for the primary one each
-    draw's value, a 95% bootstrap interval of the mean over test clips, and the drop from the score `clean`."""
+    """Scores of `outputs` (R, n, C), one entry for each draw of the noise, as a plain dict.
+
+    The mean of every metric; of the primary one also each draw's value, a 95% bootstrap interval of the mean over test clips,
+    and the drop from the score `clean`.
+    """
     scores = evaluate(kind, targets, outputs)
     found = {name: float(values.mean()) for name, values in scores.items()}
     found |= {"draws": scores[metric].tolist(), "interval": bootstrap(kind, targets, outputs, metric)}
@@ -73,8 +76,11 @@ def scored(kind, metric, targets, outputs, clean=None):
 
 
 def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", workers=None):
-    """Probes trained clean, scored clean and at each of `snrs` (dB) over `repeats` draws. Returns the results as a plain dict,
-    `scores` in it holding one entry for each representation, probe and SNR (None: clean, which comes first)."""
+    """Probes trained on clean sound, scored on clean sound and at each of `snrs` (dB), over `repeats` draws of the noise.
+
+    Returns the results as a plain dict, with an entry in `scores` for each representation, probe and SNR (None: clean). Which of
+    the quick grid's settings a probe gets is decided by the clean validation split. Raises ValueError as `embed_all` does.
+    """
     metric = METRICS[task.kind][0]
     grids = {name: [c._replace(hidden=h) for c in QUICK_GRID if bool(c.hidden) == bool(h)] for name, h in PROBES.items()}
     test = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
