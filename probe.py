@@ -867,10 +867,11 @@ def split_rows(task, features, split, rows, per_segment=False):
     if split == "train":
         return x, y[clip]
     groups = [task.clips[i].group if task.per_group else i for i in ids]
-    number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-    owner = torch.tensor([number[group] for group in groups])
-    label = [groups.index(group) for group in number]  # of a song, that of its first clip
-    return x, y[label], owner[clip], len(number)
+    first = {}
+    for n, group in enumerate(groups):
+        first.setdefault(group, n)  # the clip that a song has its label from
+    number = {group: n for n, group in enumerate(first)}
+    return x, y[list(first.values())], torch.tensor([number[group] for group in groups])[clip], len(number)
 
 
 def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", progress=None):
