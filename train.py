@@ -371,7 +371,9 @@ def train(args, checkpoint):
 
     def draw(at):
         views, kept = draw_batch(corpus, clips, batch, at, args, part)
-        return (views.pin_memory() if on_gpu and not views.is_cuda else views), kept  # pinned: copied while the GPU works
+        if on_gpu and not views.is_cuda:  # pinned memory is copied while the GPU works; for other memory it would wait
+            views, kept = views.pin_memory(), {patch: tokens.pin_memory() for patch, tokens in kept.items()}
+        return views, kept
 
     batches = map(draw, itertools.count(step)) if corpus.mel.is_cuda else one_ahead(draw, step)
     every = 10 if on_gpu else 1  # steps between looks at the figures, since a look waits for the GPU
@@ -382,7 +384,7 @@ def train(args, checkpoint):
         while step < total:
             views, kept = next(batches)
             views = views.to(device, non_blocking=True)
-            kept = {patch: tokens.to(device) for patch, tokens in kept.items()}
+            kept = {patch: tokens.to(device, non_blocking=True) for patch, tokens in kept.items()}
             pending.append(train_step(forward, optimizer, views, kept, args, device))
             step += 1
             bar.update()
