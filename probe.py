@@ -817,12 +817,13 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
         loss = probe_loss(kind, forward(inputs, True), y[rows])
         gradients = torch.autograd.grad(loss, layers)
         first_bias, second_bias = 1 - 0.9 ** (step + 1), (1 - 0.999 ** (step + 1)) ** 0.5
-        with torch.no_grad():  # Adam, in the order of its paper's section 2, with L2 in the gradient as torch's weight_decay has it
+        with torch.no_grad():  # Adam, with L2 in the gradient as torch's weight_decay has it; no new memory, which would cost more
             for w, g, m, v in zip(layers, gradients, first, second):
-                g = g.addcmul(w, l2)
+                g.addcmul_(w, l2)
                 m.lerp_(g, 0.1)
                 v.mul_(0.999).addcmul_(g, g, value=0.001)
-                w.addcdiv_(m * (lr * (-second_bias / first_bias)), v.sqrt().add_(1e-8 * second_bias))
+                torch.sqrt(v, out=g).add_(1e-8 * second_bias).mul_(first_bias / second_bias / -lr)  # in the gradient's place
+                w.addcdiv_(m, g)
 
 
 def probe_loss(kind, outputs, targets):
