@@ -671,7 +671,7 @@ GRID = [
     )
 ]  # 216
 QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
-CACHE = 12 * 2**20  # bytes of a processor's cache that a stack of probes may fill
+CACHE = 24 * 2**20  # bytes of a processor's cache that a stack of probes may fill
 LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
 
 
