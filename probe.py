@@ -510,7 +510,7 @@ def chroma(wave):
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     wave = wave / wave.abs().max().clamp(min=1e-9)
     spectrum = torch.stft(wave, 2 * N_FFT, 512, window=torch.hann_window(2 * N_FFT), return_complex=True)
-    power = torch.view_as_real(spectrum).square().sum(dim=-1)  # (bins, T)
+    power = spectrum.real.square() + spectrum.imag.square()  # (bins, T)
     hertz = torch.arange(1, N_FFT + 1) * SAMPLE_RATE / (2 * N_FFT)  # without the constant
     pitch = 12 * (hertz / 440).log2() + 9  # semitones above C
     distance = (pitch - torch.arange(12)[:, None] + 6) % 12 - 6  # (12, bins)
