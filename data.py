@@ -426,10 +426,14 @@ class Corpus:
         return self
 
     def sample_pairs(self, clip_ids, generator=None, part=slice(None)):
-        """Two independent random segments of each clip in `clip_ids` (B,): (2, B, 128, 96) float16 on the corpus's device.
+        """Two independent random segments of each clip in `clip_ids` (B,): two (B, 128, 96) float16 on the corpus's device.
 
         `part` draws for the whole batch but reads only that slice of it, for processes that share a batch.
         """
+        return tuple(self.pairs(clip_ids, generator, part))
+
+    def pairs(self, clip_ids, generator=None, part=slice(None)):
+        """`sample_pairs` as one tensor, (2, B, 128, 96)."""
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
         where = generator.device if generator else "cpu"

@@ -161,7 +161,7 @@ def draw_batch(corpus, clips, batch, step, args, part=slice(None)):
     order = shuffled(len(clips), seed_of(args.seed, 0, epoch), clips.device)
     ids = clips[order[position * batch : (position + 1) * batch]]
     generator = torch.Generator(corpus.mel.device).manual_seed(seed_of(args.seed, 1, step))
-    views = corpus.sample_pairs(ids, generator, part)
+    views = corpus.pairs(ids, generator, part)
     kept = {}
     for patch in ("square", "vertical") if args.patch == "hybrid" else (args.patch,):
         kept[patch] = keep_tokens(2 * batch, N_TOKENS, args.mask, generator, corpus.mel.device).view(2, batch, -1)[:, part]

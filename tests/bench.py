@@ -155,7 +155,7 @@ def bench_pairs(flops, copy):
 
         def ours():
             for ids in torch.randperm(len(corpus)).split(512):
-                corpus.sample_pairs(ids, generator).to(DEVICE)
+                corpus.pairs(ids, generator).to(DEVICE)
 
         def obvious():
             for views in loader:
@@ -190,7 +190,7 @@ def obvious_steps(corpus, size, patch, batch):
     generator = torch.Generator().manual_seed(0)
 
     def step():
-        views = corpus.sample_pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
+        views = corpus.pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             tokens = model.to_patch_embedding[patch](patchify(views, patch).float()) + getattr(model, f"position_{patch}")
             kept = [row[torch.randperm(TOKENS, generator=generator)[:KEPT].to(DEVICE)] for row in tokens]

@@ -110,7 +110,7 @@ def test_every_clip_once_an_epoch_and_new_segments_each_time(folder):
     clips = train.choose_clips(corpus, None, 0)
     args = train.command_line().parse_args(["--seed", "4"])
     asked = []
-    corpus.sample_pairs = lambda ids, *rest: asked.append(ids) or torch.zeros(2, 1)
+    corpus.pairs = lambda ids, *rest: asked.append(ids) or torch.zeros(2, 1)
     for step in range(8):
         train.draw_batch(corpus, clips, 10, step, args)
     first, second = torch.cat(asked[:4]), torch.cat(asked[4:])
