@@ -56,8 +56,8 @@ def keep_tokens(batch, n_tokens, mask_ratio, generator=None, device=None):
     The largest K of N random numbers are a fair draw without replacement, for all rows at once. Raises ValueError
     for a ratio that keeps nothing or is negative.
     """
-    kept = n_tokens - int(mask_ratio * n_tokens)
-    if not 0 < kept <= n_tokens:
+    kept = n_tokens - int(mask_ratio * n_tokens) if 0 <= mask_ratio < 1 else 0
+    if not kept:
         raise ValueError(f"a mask ratio of {mask_ratio} keeps {kept} of {n_tokens} tokens: it must be at least 0 and below 1")
     return torch.rand(batch, n_tokens, generator=generator, device=device).topk(kept, dim=1).indices
 

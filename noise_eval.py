@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from model import PATCHES
 from probe import (
-    METRICS, QUICK_GRID, Representation, bootstrap, embed_all, evaluate, fit_probes, hand_made, load_task, predict, trained, untrained
+    BASELINES, METRICS, QUICK_GRID, Representation, bootstrap, check_machine, embed_all, evaluate, fit_probes, hand_made,
+    load_task, predict, trained, untrained,
 )  # fmt: skip
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
@@ -125,16 +126,15 @@ def table(results):
     names = list(dict.fromkeys(row["representation"] for row in results["scores"]))
     found = {(row["probe"], row["representation"], row["snr"]): row for row in results["scores"]}
     metric = results["metric"]
-    width = 29 if results["repeats"] == 1 else 34
-    line = lambda head, cells: (f"{head:<15}" + "".join(f"{cell:<{width}}" for cell in cells)).rstrip()
     levels = {None: "clean", **{snr: f"{snr:g} dB" for snr in results["snrs"]}}
     spread = " ± deviation over draws" if results["repeats"] > 1 else ""
-    lines = [
+    heading = (
         f"{results['task']}, {results['clips']} test clips: {metric} in percent{spread} (95% of resamples), "
         "then the drop from clean in points and in percent of it"
-    ]
+    )
+    lines = []  # of a head and cells
     for probe in PROBES:
-        lines += ["", line(probe, names)]
+        lines += [("", []), (probe, names)]
         for snr, level in levels.items():
             cells = []
             for row in (found[probe, name, snr] for name in names):
@@ -144,16 +144,18 @@ def table(results):
                     cell += f" ±{100 * torch.tensor(row['draws']).std():.1f}"
                 cell += f" ({100 * low:.0f} to {100 * high:.0f})"
                 if snr is not None:
-                    cell += f" {-100 * row['drop']:+.1f}"
-                    cell += f" {-row['drop_percent']:+.0f}%" if row["drop_percent"] is not None else ""
+                    cell += f" {0 - round(100 * row['drop'], 1):+.1f}"  # not -0.0
+                    cell += f" {0 - round(row['drop_percent']):+d}%" if row["drop_percent"] is not None else ""
                 cells.append(cell)
-            lines.append(line(f"  {level}", cells))
+            lines.append((f"  {level}", cells))
     small, large = PROBES
-    lines += ["", line("MLP - linear", names)]
+    lines += [("", []), ("MLP - linear", names)]
     for snr, level in levels.items():
         gains = [found[large, name, snr][metric] - found[small, name, snr][metric] for name in names]
-        lines.append(line(f"  {level}", [f"{100 * gain:+5.1f}" for gain in gains]))
-    return "\n".join(lines)
+        lines.append((f"  {level}", [f"{100 * gain:+5.1f}" for gain in gains]))
+    width = 2 + max(len(cell) for _, cells in lines for cell in cells)
+    rows = (f"{head:<15}" + "".join(f"{cell:<{width}}" for cell in cells) for head, cells in lines)
+    return "\n".join([heading, *(row.rstrip() for row in rows)])
 
 
 def command_line():
@@ -176,6 +178,7 @@ def command_line():
 
 def noise_eval(args):
     """What the command line asks for."""
+    check_machine(args)
     snrs = list(SWEEP) if args.sweep else list(dict.fromkeys(args.snr))
     for snr in snrs:
         if not -100 <= snr <= 100:
@@ -197,7 +200,7 @@ def noise_eval(args):
         print(f"{results['silent_clips']} silent clips had no noise added")
     if results["incomplete"]:
         print("INCOMPLETE: files are missing or unreadable; probe.py --check tells which")
-    path = representations[0].folder / f"noise_{task.name}.json"
+    path = (model.folder if model else BASELINES) / f"noise_{task.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)
@@ -212,7 +215,8 @@ def main():
         print(f"noise_eval.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        print("\nnoise_eval.py: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for what workers are in the middle of
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ def evaluate(kind, targets, outputs):
     return {"weighted_key_score": weighted_key_score(targets, classes), **scores} if kind == "key" else scores
 
 
+def primary_score(kind, targets, outputs):
+    """The primary metric of `evaluate` alone."""
+    return roc_auc(targets, outputs) if kind == "tags" else evaluate(kind, targets, outputs)[METRICS[kind][0]]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Tasks: labelled clips
 #
@@ -549,7 +554,8 @@ def _clip_inputs(clip, kinds, versions):
 
 def in_workers(function, jobs, workers=None):
     """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
-    with ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker) as pool:
+    pool = ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker)
+    try:
         futures = (pool.submit(function, *job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))
         while pending:
@@ -559,6 +565,8 @@ def in_workers(function, jobs, workers=None):
                 raise ValueError("a decoding process died: out of memory, or of a file it could not stand") from error
             pending.extend(itertools.islice(futures, 1))
             yield result
+    finally:  # when interrupted, without waiting for what is pending
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass
@@ -572,7 +580,7 @@ class Features:
 
 
 def embed_task(task, encoder, device="cpu", workers=None):
-    """Features of every clip of a task, a row a segment: `encoder` is a Myna, "mfcc" or "chroma". Returns Features."""
+    """Features of a task's clips: `encoder` is a Myna (a row a segment), "mfcc" or "chroma" (a row a clip). Returns Features."""
     return embed_all(task, [Representation(encoder)], device, workers)[0]
 
 
@@ -585,17 +593,19 @@ def embed_all(task, representations, device="cpu", workers=None, versions=None, 
     """
     changed = {c.path: os.path.getmtime(c.path) for c in task.clips if isinstance(c.path, Path) and c.path.exists()}
     clips = [[str(c.path), c.offset, c.duration, str(c.label), changed.get(c.path)] for c in task.clips]
+    code = hashlib.sha1(b"".join(Path(module.__file__).read_bytes() for module in (data, sys.modules[Myna.__module__])))
+    code.update(Path(__file__).read_bytes())  # who changes a formula gets new features
     found, fresh = [], []
     for encoder, name, key, folder in representations:
         cache = folder / f"features_{task.name}_{name}.pt" if folder and not versions else None
-        fingerprint = hashlib.sha1(json.dumps([task.name, key, clips]).encode()).hexdigest()
+        fingerprint = hashlib.sha1(json.dumps([task.name, key, code.hexdigest(), clips]).encode()).hexdigest()
         try:
             kept = read_checkpoint(cache) if cache and cache.exists() else {}
         except ValueError:  # cut short: made anew
             kept = {}
         if kept.pop("fingerprint", None) == fingerprint:
             found.append(Features(**kept))
-            print(f"features from {cache}")
+            tqdm.write(f"features from {cache}")
             continue
         is_model = isinstance(encoder, Myna)
         found.append(Features({name: [] for name in (encoder.patches if is_model else [encoder])}, [], [], []))
@@ -611,7 +621,9 @@ def embed_all(task, representations, device="cpu", workers=None, versions=None, 
             batch = torch.from_numpy(np.concatenate([inputs[kind] for inputs in waiting]))  # (rows, V, ...)
             for name, rows in features.rows.items():
                 if kind == "mel":
-                    rows.append(encoder.embed(batch.flatten(0, 1).to(device), name).cpu().unflatten(0, batch.shape[:2]))
+                    parts = batch.flatten(0, 1).split(1024)  # a long file is more than a batch
+                    vectors = torch.cat([encoder.embed(part.to(device), name).cpu() for part in parts])
+                    rows.append(vectors.unflatten(0, batch.shape[:2]))
                 else:
                     rows.append(batch)
         waiting.clear()
@@ -781,7 +793,7 @@ def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progres
     for step in itertools.count():
         if step % LOOK == 0 and steps is None:
             with torch.no_grad():
-                score = evaluate(kind, valid_y, probabilities(kind, forward(look_x, False), *owner))[METRICS[kind][0]]
+                score = primary_score(kind, valid_y, probabilities(kind, forward(look_x, False), *owner))
                 better = (score > best_score) & (step - best_step <= PATIENCE * LOOK)
                 best_score, best_step = torch.where(better, score, best_score), best_step.where(~better, step)
                 for kept, weight in zip(best, layers):
@@ -841,18 +853,20 @@ def bootstrap(kind, targets, outputs, metric, resamples=1000, seed=0):
     """95% interval of a metric over resampled test clips: (low, high). Leading axes of `outputs` are averaged over."""
     generator = torch.Generator().manual_seed(seed)
     n = len(targets)
+    score = primary_score if metric == METRICS[kind][0] else lambda *arguments: evaluate(*arguments)[metric]
     scores = []
     for _ in range(resamples):
         rows = torch.randint(n, (n,), generator=generator)
-        scores.append(float(evaluate(kind, targets[rows], outputs[..., rows, :])[metric].mean()))
+        scores.append(float(score(kind, targets[rows], outputs[..., rows, :]).mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
 
 def split_rows(task, features, split, rows, per_segment=False):
-    """One split as `fit_grid` takes it, (x, y, owner): x a clip's mean, or with `per_segment` its segments.
+    """One split as `fit_grid` takes it: (x, y), x being clips' means, or with `per_segment` their segments.
 
-    For valid and test, y has an entry for each owner: the clip, or the song where the task scores songs (giantsteps).
+    Valid and test: (x, y, owner, count), y having an entry for each of `count` owners, clips, or songs where the task scores
+    songs (giantsteps). Raises ValueError for a split in which nothing can be read or scored.
     """
     ids = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
     if not ids:
@@ -868,6 +882,8 @@ def split_rows(task, features, split, rows, per_segment=False):
     y = y.float() if task.kind in ("tags", "regression") else y.long()
     if split == "train":
         return x, y[clip]
+    if task.kind == "tags" and not (y.mean(dim=0) * (1 - y.mean(dim=0))).any():
+        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, so that nothing can be scored on them")
     groups = [task.clips[i].group if task.per_group else i for i in ids]
     first = {}
     for n, group in enumerate(groups):
@@ -925,8 +941,9 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
         pairs = y * count + predicted.argmax(dim=1)
         results["confusion"] = torch.bincount(pairs, minlength=count**2).view(count, count).tolist()  # rows: the truth
     elif task.kind == "tags":
-        results["per_tag"] = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
-    else:
+        each = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
+        results["per_tag"] = {name: [None if math.isnan(v) else v for v in values] for name, values in each.items()}
+    elif len(task.names) > 1:
         results["test"] |= {f"r2 {n}": float(score) for n, score in zip(task.names, r2(y, predicted, False))}
     return results
 
@@ -962,7 +979,7 @@ def trained(path, patch=None):
     path = Path(path) if path else newest_checkpoint()
     model = load_model(path, patch)
     print(f"checkpoint {path}: {model.config.size}, {model.config.patch}")
-    folder = path.parent if path.parent.parent == Path("runs") else Path("runs") / path.stem
+    folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem  # a run's own folder, wherever it lies
     return Representation(model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
 
 
@@ -977,7 +994,10 @@ def choose_representation(args):
 
 def embed_files(sources, out, model, per_segment, device, workers):
     """--embed: vectors of files, or of all below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
-    paths = []
+    paths, out = [], Path(out)
+    if out.is_dir():
+        raise ValueError(f"--out {out}: there is a folder of that name")
+    out.parent.mkdir(parents=True, exist_ok=True)
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source}: there is no such file or folder")
@@ -1035,8 +1055,21 @@ def check(task):
     print(f"  {len(task.missing):,} files that the labels name are missing{': ' * bool(task.missing)}{', '.join(task.missing[:5])}")
 
 
+def check_machine(args):
+    """Raise ValueError for a --device or a number of --workers that is not to be had, before any work is done."""
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+    if args.workers < 1:
+        raise ValueError(f"--workers {args.workers}: at least one process must decode")
+
+
 def probe(args):
     """What the command line asks for."""
+    check_machine(args)
+    if args.per_segment and args.features:
+        raise ValueError(f"--per-segment is for encoders; {args.features} describes a clip as a whole")
     if args.embed:
         encoder = choose_representation(args).encoder
         if not isinstance(encoder, Myna):
@@ -1087,7 +1120,8 @@ def main():
         print(f"probe.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        print("\nprobe.py: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for what workers are in the middle of
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -94,7 +95,7 @@ def read_settings(argv):
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
     if args.batch < 2:
         raise ValueError("--batch 1: a contrast needs at least two pairs")
-    if args.seed < 0 or args.weight_decay < 0:
+    if args.seed < 0 or not 0 <= args.weight_decay < math.inf:
         raise ValueError("--seed and --weight-decay must not be negative")
     keep_tokens(1, N_TOKENS, args.mask)  # complains of a ratio that keeps nothing
     return args, checkpoint
@@ -286,9 +287,10 @@ def train(args, checkpoint):
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    args.precision = args.precision or ("bf16" if on_gpu else "float32")
+    args.precision = args.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
     if args.compile is None:
-        args.compile = on_gpu and importlib.util.find_spec("triton") is not None  # Windows has no Triton
+        tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))  # Windows has no Triton
+        args.compile = on_gpu and bool(tools)
     if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
     say = tqdm.write if rank == 0 else lambda line: None
@@ -405,7 +407,7 @@ def train(args, checkpoint):
                 line = {"step": step, "epoch": epoch, "loss": loss, "retrieval": retrieval, "pairs_per_second": speed}
                 print(json.dumps({"time": time.time(), **line}), file=log, flush=True)
             pending, looked, looks = [], now, looks + 1
-            if not estimated and (looks == 3 or now - begun > 10):  # the first steps are slower than the rest
+            if not estimated and (looks == 3 or (looks > 1 and now - begun > 10)):  # the first steps are slower
                 estimated = True
                 left = (total - step) * batch / speed
                 hint = "; python train.py --demo takes minutes" if left > 3600 and not on_gpu else ""

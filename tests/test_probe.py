@@ -815,10 +815,33 @@ def test_features_of_a_clip_are_the_mean_of_its_segments(labelled):
     assert features.left_out[0][0].endswith("bad.wav") and "libsndfile" in features.left_out[0][1]
 
 
+def test_tags_that_cannot_be_scored_are_a_sentence():
+    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [1.0, 0.0], split, str(i)) for i, split in enumerate(("train", "valid", "valid"))]
+    task = probe.Task("t", "tags", ("a", "b"), clips, probe.METRICS["tags"], [])
+    rows = torch.randn(3, 4)
+    features = probe.Features({"x": rows}, torch.arange(3), [clip.label for clip in clips], [])
+    assert len(probe.split_rows(task, features, "train", rows)[0]) == 1
+    with pytest.raises(ValueError, match="t: no tag is on some valid clips"):
+        probe.split_rows(task, features, "valid", rows)
+
+
+def test_targets_are_in_the_order_of_the_clips():
+    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, i % 5, "valid", f"song {i // 3}") for i in range(12)]
+    task = probe.Task("t", "classes", tuple("abcde"), clips, probe.METRICS["classes"], [])
+    rows, owner = torch.randn(24, 4), torch.arange(12).repeat_interleave(2)
+    features = probe.Features({"x": rows}, owner, [clip.label for clip in clips], [])
+    x, y, who, count = probe.split_rows(task, features, "valid", rows)
+    assert count == 12 and y.tolist() == [i % 5 for i in range(12)] and who.tolist() == list(range(12))
+    assert torch.allclose(x, rows.view(12, 2, 4).mean(dim=1))
+    task.per_group = True
+    x, y, who, count = probe.split_rows(task, features, "valid", rows, per_segment=True)
+    assert count == 4 and y.tolist() == [0, 3, 1, 4] and who.tolist() == [i // 6 for i in range(24)] and torch.equal(x, rows)
+
+
 def test_just_the_embeddings(labelled):
-    done = call(labelled, "--embed", ".", "--out", "v.npz", "--workers", 1)
+    done = call(labelled, "--embed", ".", "--out", "deep/v.npz", "--workers", 1)
     assert done.returncode == 0 and "bad.wav" in done.stdout, done.stderr
-    with np.load(labelled / "v.npz") as found:
+    with np.load(labelled / "deep/v.npz") as found:
         assert found["vectors"].shape == (24, 256) and len(found["paths"]) == 24
         name = str(found["paths"][5])
         torch.manual_seed(0)
@@ -838,6 +861,10 @@ def test_just_the_embeddings(labelled):
         (["--task", "missing.csv"], "missing.csv"),
         (["--checkpoint", "missing.pt"], "no such checkpoint"),
         (["--embed", "missing"], "no such file or folder"),
+        (["--embed", "1.wav", "--out", "runs"], "there is a folder of that name"),
+        (["--task", "labels.csv", "--device", "nonsense"], "--device nonsense cannot be used here"),
+        (["--task", "labels.csv", "--workers", "0"], "at least one process"),
+        (["--task", "labels.csv", "--features", "mfcc", "--per-segment"], "--per-segment is for encoders"),
     ],
 )
 def test_mistakes_are_one_sentence(labelled, arguments, sentence, monkeypatch, capfd):
