@@ -25,7 +25,7 @@ from tqdm import tqdm
 from model import PATCHES
 from probe import (
     BASELINES, METRICS, QUICK_GRID, Representation, bootstrap, check_machine, embed_all, evaluate, fit_probes, hand_made,
-    load_task, predict, trained, untrained,
+    load_task, on_each_core, predict, trained, untrained,
 )  # fmt: skip
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
@@ -93,21 +93,22 @@ def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", wo
         versions = partial(noisy_versions, snrs=snrs, repeats=repeats)
         *noisy, power = embed_all(test, [*representations, Representation("power")], device, workers, versions, bar)
         bar.set_description("probes")
-        scores = []
-        for representation, features, heard in zip(representations, clean, noisy):
+
+        def score(representation, features, heard, name):  # one probe: its entries for all SNRs
             rows, loud = side_by_side(features), side_by_side(heard)  # (n, F), (n, V, F)
-            for name, grid in grids.items():
-                _, probe = fit_probes(task, features, rows, grid, seed=seed, device=device, progress=bar.update)
-                y, outputs = predict(task, features, rows, probe, device=device)
-                each = [predict(test, heard, loud[:, v], probe, device=device)[1] for v in range(loud.shape[1])]
-                each = torch.stack(each).unflatten(0, (repeats, len(snrs)))  # (R, SNRs, n, C)
-                entry = {"representation": representation.name, "probe": name, "configuration": probe.configuration._asdict()}
-                entry["valid"] = probe.valid
-                scores.append({**entry, "snr": None, **scored(task.kind, metric, y, outputs[None])})
-                reference = scores[-1][metric]
-                scores += [
-                    {**entry, "snr": snr, **scored(task.kind, metric, y, each[:, s], reference)} for s, snr in enumerate(snrs)
-                ]
+            _, probe = fit_probes(task, features, rows, grids[name], seed=seed, device=device, progress=bar.update)
+            y, outputs = predict(task, features, rows, probe, device=device)
+            each = [predict(test, heard, loud[:, v], probe, device=device)[1] for v in range(loud.shape[1])]
+            each = torch.stack(each).unflatten(0, (repeats, len(snrs)))  # (R, SNRs, n, C)
+            entry = {"representation": representation.name, "probe": name, "configuration": probe.configuration._asdict()}
+            entry["valid"] = probe.valid
+            entries = [{**entry, "snr": None, **scored(task.kind, metric, y, outputs[None])}]
+            for s, snr in enumerate(snrs):
+                entries.append({**entry, "snr": snr, **scored(task.kind, metric, y, each[:, s], entries[0][metric])})
+            return entries
+
+        jobs = [(*job, name) for job in zip(representations, clean, noisy) for name in grids]
+        scores = sum(on_each_core(score, *zip(*jobs), device=device), [])
     return {
         "task": task.name,
         "kind": task.kind,

@@ -27,7 +27,7 @@ import os
 import re
 import sys
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -569,6 +569,19 @@ def in_workers(function, jobs, workers=None):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
+def on_each_core(function, *jobs, device="cpu"):
+    """[function(*job) for job in zip(*jobs)], on a CPU in threads of one core each.
+
+    Small products gain more from a core to themselves than from all cores on each of them.
+    """
+    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        return list(pool.map(function, *jobs))
+    finally:  # when interrupted, without waiting for what is pending
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass
 class Features:
     """What a representation makes of a task's clips: rows of numbers, and which clip each row came from."""
@@ -621,8 +634,9 @@ def embed_all(task, representations, device="cpu", workers=None, versions=None, 
             batch = torch.from_numpy(np.concatenate([inputs[kind] for inputs in waiting]))  # (rows, V, ...)
             for name, rows in features.rows.items():
                 if kind == "mel":
-                    parts = batch.flatten(0, 1).split(1024)  # a long file is more than a batch
-                    vectors = torch.cat([encoder.embed(part.to(device), name).cpu() for part in parts])
+                    embed = lambda part: encoder.embed(part.to(device), name).cpu()
+                    parts = batch.flatten(0, 1).split(64 if torch.device(device).type == "cpu" else 1024)
+                    vectors = torch.cat(on_each_core(embed, parts, device=device))
                     rows.append(vectors.unflatten(0, batch.shape[:2]))
                 else:
                     rows.append(batch)
@@ -642,7 +656,7 @@ def embed_all(task, representations, device="cpu", workers=None, versions=None, 
                 features.labels.append(label if readable else None)
             if readable:
                 waiting.append(result[0])
-            if sum(max(array.shape[0] * array.shape[1] for array in inputs.values()) for inputs in waiting) >= 256:
+            if sum(max(array.shape[0] * array.shape[1] for array in inputs.values()) for inputs in waiting) >= 1024:
                 encode()
         if waiting:
             encode()
@@ -916,7 +930,8 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
     if len(rows) == 2:
         rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
     with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
-        fitted = {name: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update) for name, x in rows.items()}
+        fit = lambda x: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update)
+        fitted = dict(zip(rows, on_each_core(fit, rows.values(), device=device)))
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
     y, predicted = predict(task, features, rows[name], winner, per_segment, device)
