@@ -250,6 +250,18 @@ def _start_worker():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 
+def start_workers(count):
+    """A pool of so many processes, deaf to Ctrl-C from their birth on, before they could say so themselves."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of what is left when all ends at once; it tidies up
+    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    if threading.current_thread() is threading.main_thread():  # no other can
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which is inherited
+        for _ in range(count):
+            pool.submit(int)  # starts one
+        signal.signal(signal.SIGINT, handler)
+    return pool
+
+
 def _read_index(path):
     """The entries of an index, each with the byte at which it ends. A last line that a kill cut short is not an entry."""
     end = 0
@@ -296,7 +308,7 @@ def _build(out, settings, sources, workers):
             index.write(json.dumps(settings).encode() + b"\n")
 
         started, seconds = time.monotonic(), 0.0
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+        pool = start_workers(workers)
         with tqdm(total=settings["files"], initial=done, unit="file", desc=str(out), smoothing=0) as bar:
             jobs = ((source[0], pool.submit(_transform, *source, out)) for source in islice(sources, done, None))
             pending = deque(islice(jobs, 4 * workers))  # enough ahead to keep the workers busy, no more
@@ -414,14 +426,15 @@ class Corpus:
             raise ValueError(f"{path / 'mel.f16'} holds {size:,} bytes and its index speaks of {expected:,}: build it again")
         with warnings.catch_warnings():  # torch says that it could not write to this; nobody wants to
             warnings.simplefilter("ignore", UserWarning)
-            self.mel = torch.from_numpy(np.memmap(path / "mel.f16", np.float16, "r", shape=(rows, N_MELS)))
+            array_on_disk = np.memmap(path / "mel.f16", np.float16, "r", shape=(rows, N_MELS))
+            self.mel, self.file = torch.from_numpy(array_on_disk), array_on_disk.base
 
     def __len__(self):
         return len(self.first)
 
     def to(self, device):
         """Load the whole corpus into the memory of `device`. Returns the corpus itself."""
-        self.mel = self.mel.to(device, copy=True)
+        self.mel, self.file = self.mel.to(device, copy=True), None
         self.first, self.frames = self.first.to(device), self.frames.to(device)
         return self
 
@@ -434,6 +447,8 @@ class Corpus:
 
     def pairs(self, clip_ids, generator=None, part=slice(None)):
         """`sample_pairs` as one tensor, (2, B, 128, 96)."""
+        if self.file and self.file.size() < self.mel.nbytes:  # to read beyond the end would be the end of the process
+            raise ValueError(f"{self.path / 'mel.f16'} has lost its tail since it was opened: build it again")
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
         where = generator.device if generator else "cpu"

@@ -22,12 +22,11 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import sys
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -554,7 +553,7 @@ def _clip_inputs(clip, kinds, versions):
 
 def in_workers(function, jobs, workers=None):
     """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
-    pool = ProcessPoolExecutor(workers or os.cpu_count(), multiprocessing.get_context("spawn"), initializer=data._start_worker)
+    pool = data.start_workers(workers or os.cpu_count())
     try:
         futures = (pool.submit(function, *job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))

@@ -294,8 +294,13 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path):
 def test_a_corpus_that_lost_its_tail_or_is_not_finished_is_a_sentence(corpus, tmp_path):
     for name, content in contents(corpus.path).items():
         (tmp_path / name).write_bytes(content)
-    assert len(data.Corpus(tmp_path)) == len(corpus)
+    opened = data.Corpus(tmp_path)
+    assert len(opened) == len(corpus)
+    loaded = data.Corpus(tmp_path).to("cpu")
     os.truncate(tmp_path / "mel.f16", 100_000)
+    with pytest.raises(ValueError, match="has lost its tail since"):  # and not the end of the process
+        opened.pairs(range(len(opened)))
+    assert torch.equal(loaded.pairs([0, 1], torch.Generator().manual_seed(0)), corpus.pairs([0, 1], torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="100,000 bytes"):
         data.Corpus(tmp_path)
     lines = (tmp_path / "index.jsonl").read_bytes().splitlines(keepends=True)
