@@ -183,6 +183,15 @@ def test_a_signal_saves_and_leaves(folder, number):
     assert log_of(out)[-1]["step"] == 12 and same(weights(out / "checkpoint.pt"), weights(folder / "runs/whole/checkpoint.pt"))
 
 
+def test_a_corpus_cut_short_under_a_run_is_a_sentence(folder):
+    shutil.copytree(folder / "corpora/small", folder / "corpora/cut")
+    process = start(folder, "--data", "corpora/cut", "--out", "runs/cut", *SMALL[:5], "100000", *SMALL[6:])
+    wait_for_steps(process, folder / "runs/cut/log.jsonl", 2)
+    os.truncate(folder / "corpora/cut/mel.f16", 100_000)
+    output = "".join(process.communicate(timeout=60))
+    assert process.returncode == 2 and "has lost its tail" in output and "Traceback" not in output
+
+
 def test_two_processes_compute_what_one_does(folder):
     processes = ["--standalone", "--nproc-per-node", "2"]
     short = [*SMALL[:5], "3", *SMALL[6:], "--data", "corpora/small"]
