@@ -350,7 +350,7 @@ def load_model(path, patch=None):
     except TypeError as error:
         expected = ", ".join(asdict(Config()))
         raise ValueError(f"{path}: expected the settings {expected}, found {checkpoint['config']}") from error
-    if patch not in (None, config.patch) and config.patch != "hybrid":
+    if patch not in (None, config.patch):
         raise ValueError(f"{path}: expected a model with {patch} patches, found one with {config.patch} patches")
     model = Myna(config)
     state = model.state_dict()

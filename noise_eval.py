@@ -117,6 +117,8 @@ def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", wo
         "repeats": repeats,
         "clips": len(power.owner),
         "silent_clips": int((power.rows["power"] == 0).all(dim=1).sum()),  # all noise is scaled to the clip's power
+        "seed": seed,
+        "keys": {representation.name: representation.key for representation in representations},  # of checkpoints, their SHA-1
         "incomplete": bool(task.missing or clean[0].left_out),
         "scores": scores,
     }
@@ -189,12 +191,8 @@ def noise_eval(args):
     task = load_task(args.task, args.data, args.kind)
     wanted = list(dict.fromkeys(args.representations))
     model = trained(args.checkpoint, args.patch) if {"checkpoint", "random"} & set(wanted) else None
-    representations = []
-    for name in wanted:
-        random = untrained(model.encoder.config, args.seed) if name == "random" else None
-        representations.append(model if name == "checkpoint" else random or hand_made(name))
-        if name in ("checkpoint", "random"):
-            representations[-1].encoder.to(args.device)
+    make = {"checkpoint": lambda: model, "random": lambda: untrained(model.encoder.config, args.seed)}
+    representations = [make[name]() if name in make else hand_made(name) for name in wanted]
     results = noise_check(task, representations, snrs, args.repeat, args.seed, args.device, args.workers)
     print("\n" + table(results))
     if results["silent_clips"]:

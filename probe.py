@@ -446,6 +446,8 @@ def load_task(name, root=None, kind=None):
     name = str(name)
     if kind not in (None, *METRICS):
         raise ValueError(f"no kind of task {kind!r}: there are {', '.join(METRICS)}")
+    if kind and not name.lower().endswith(".csv"):
+        raise ValueError(f"a kind of task is for a table of your own; {name!r} is what it is")
     if name.lower().endswith(".csv"):
         return _own_labels(Path(name), Path(root or Path(name).parent), kind)
     if name in SYNTH:
@@ -620,6 +622,8 @@ def embed_all(task, representations, device="cpu", workers=None, versions=None, 
             tqdm.write(f"features from {cache}")
             continue
         is_model = isinstance(encoder, Myna)
+        if is_model:
+            encoder.to(device)
         found.append(Features({name: [] for name in (encoder.patches if is_model else [encoder])}, [], [], []))
         fresh.append((encoder, "mel" if is_model else encoder, found[-1], cache, fingerprint))
     if not fresh:
@@ -999,6 +1003,8 @@ def trained(path, patch=None):
 
 def choose_representation(args):
     """What --checkpoint and --features name."""
+    if args.features and args.checkpoint:
+        raise ValueError("--features or --checkpoint: a representation is one or the other")
     if args.features:
         return hand_made(args.features)
     if args.checkpoint == "random":
@@ -1088,18 +1094,17 @@ def probe(args):
         encoder = choose_representation(args).encoder
         if not isinstance(encoder, Myna):
             raise ValueError("--embed takes a --checkpoint, not --features")
-        return embed_files(args.embed, args.out, encoder.to(args.device), args.per_segment, args.device, args.workers)
+        return embed_files(args.embed, args.out, encoder, args.per_segment, args.device, args.workers)
     task = load_task(args.task, args.data, args.kind)
     if args.check:
         return check(task)
     representation = choose_representation(args)
     name, folder = representation.name, representation.folder
-    if isinstance(representation.encoder, Myna):
-        representation.encoder.to(args.device)
     features = embed_all(task, [representation], args.device, args.workers)[0]
     quick = (args.grid or ("quick" if task.name.startswith("synth-") else "full")) == "quick"
     results = probe_task(task, features, QUICK_GRID if quick else GRID, args.per_segment, args.seed, args.device)
-    results |= {"model": name, "grid_name": "quick" if quick else "full", "per_segment": args.per_segment}
+    grid = "quick" if quick else "full"
+    results |= {"model": name, "key": representation.key, "seed": args.seed, "grid_name": grid, "per_segment": args.per_segment}
     path = folder / f"probe_{task.name}_{name}{'-segments' if args.per_segment else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))

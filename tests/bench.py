@@ -54,9 +54,9 @@ def seconds(work, repeats=3):
 
 
 def machine():
-    """What this machine does: (operations a second in a matrix product as train.py has them, bytes a second in a copy)."""
-    n, dtype = (8192, torch.bfloat16) if GPU else (1536, torch.float32)
-    a = torch.randn(n, n, device=DEVICE, dtype=dtype)
+    """What this machine does: (operations a second in a float32 matrix product, bytes a second in a copy)."""
+    n = 8192 if GPU else 1536
+    a = torch.randn(n, n, device=DEVICE)
     big = torch.empty(2**30 if GPU else 2**27, dtype=torch.uint8, device=DEVICE).random_()
     other = big.clone()
     return 2 * n**3 / seconds(lambda: a @ a), 2 * len(big) / seconds(lambda: other.copy_(big))
@@ -204,32 +204,34 @@ def obvious_steps(corpus, size, patch, batch):
 
 
 def bench_step(flops, copy):
-    """Training steps through train.py's own loop, data included: on a GPU the paper's batch and a corpus of 24 GB."""
-    size, batch, steps, clips = ("vit-s", 4096, 400, 300_000) if GPU else ("vit-s", 64, 6, 1024)
+    """Training steps through train.py's own loop, data included: on a GPU the paper's batch, bfloat16 and a large corpus."""
+    size, batch, steps, clips = "vit-s", 64, 6, 1024
+    if GPU:  # 24 GB of corpus, or a third of a smaller card
+        batch, steps, clips = 4096, 400, min(300_000, torch.cuda.mem_get_info()[1] // (3 * 313 * 256))
+        a = torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16)
+        flops = 2 * 8192**3 / seconds(lambda: a @ a)
+        print(f"{flops / 1e9:,.0f} GFLOP/s in a bfloat16 matrix product, the limit of the steps")
     with tempfile.TemporaryDirectory() as folder:
         corpus = fake_corpus(Path(folder, "noise"), clips)
         limit = flops / operations_of_a_pair(size)
+        run = ["--data", "noise", "--size", size, "--batch", batch, "--steps", steps]
+        ours = {patch: train(folder, patch, *run, "--patch", patch) for patch in ("square", "vertical", "hybrid")}
+        if GPU:
+            corpus.to(DEVICE)
         for patch in ("square", "vertical"):
-            ours = train(folder, patch, "--data", "noise", "--patch", patch, "--size", size, "--batch", batch, "--steps", steps)
-            if patch == "square" and GPU:
-                corpus.to(DEVICE)
-            obvious = obvious_steps(corpus, size, patch, batch)
-            line(f"step of {batch} pairs, {size} {patch}", "pairs", ours, obvious, limit)
-        del corpus  # of the GPU's memory, for what follows
-        torch.cuda.empty_cache()
-        ours = train(folder, "hybrid", "--data", "noise", "--size", size, "--batch", batch, "--steps", steps)
-        line(f"step of {batch} pairs, {size} hybrid", "pairs", ours, limit=limit / 2)
+            line(f"step of {batch} pairs, {size} {patch}", "pairs", ours[patch], obvious_steps(corpus, size, patch, batch), limit)
+        line(f"step of {batch} pairs, {size} hybrid", "pairs", ours["hybrid"], limit=limit / 2)
 
 
 def bench_ranks(flops, copy):
-    """Two processes that share a batch against one, a thread each (obvious: one)."""
+    """Two processes that share a batch against one (obvious), a thread each."""
     if CORES < 2:
         return print("ranks: one core only, left out")
     with tempfile.TemporaryDirectory() as folder:
         fake_corpus(Path(folder, "noise"), 1024)
-        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", 64, "--steps", 6, "--device", "cpu"]
+        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", 256, "--steps", 4, "--device", "cpu"]
         one = train(folder, "one", *run, threads=1)
-        line("two ranks against one, a thread each, ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
+        line("two ranks against one, 256 pairs of ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
 
 
 def bench_grid(flops, copy):

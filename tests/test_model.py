@@ -389,6 +389,8 @@ def test_other_files_are_a_sentence(tmp_path):
     assert "known size" in message("square")
     save_model(tiny("square"), path)
     assert "expected a model with vertical patches, found one with square" in message("vertical")
+    save_model(tiny("hybrid"), path)
+    assert "expected a model with square patches, found one with hybrid" in message("square")
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert "cut short" in message()

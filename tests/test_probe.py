@@ -865,6 +865,8 @@ def test_just_the_embeddings(labelled):
         (["--task", "labels.csv", "--device", "nonsense"], "--device nonsense cannot be used here"),
         (["--task", "labels.csv", "--workers", "0"], "at least one process"),
         (["--task", "labels.csv", "--features", "mfcc", "--per-segment"], "--per-segment is for encoders"),
+        (["--task", "labels.csv", "--features", "mfcc", "--checkpoint", "random"], "one or the other"),
+        (["--task", "synth-key", "--kind", "tags"], "for a table of your own"),
     ],
 )
 def test_mistakes_are_one_sentence(labelled, arguments, sentence, monkeypatch, capfd):
