@@ -52,6 +52,7 @@ N_MELS = 128  # bands (section 3.6)
 FRAMES = 96  # frames in a segment: "three seconds" (section 3.2)
 SEGMENT_SECONDS = (FRAMES - 1) * HOP / SAMPLE_RATE  # 3.04 s, the shortest clip with 96 centred frames
 FLOAT16_MAX = 65_504.0
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # that this process may use
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sound
@@ -376,14 +377,14 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
         "front_end": [SAMPLE_RATE, N_FFT, HOP, N_MELS],
     }
     sources = ((name, _file_clips, (str(folder / name), clip_seconds)) for name in names)
-    return _build(out, settings, sources, workers or os.cpu_count())
+    return _build(out, settings, sources, workers or CORES)
 
 
 def build_embedded_corpus(n_clips, seed, out, workers=None):
     """The first `n_clips` of the embedded music (see `synthesize`) as a corpus in the folder `out`."""
     settings = {"source": f"embedded music, seed {seed}", "files": n_clips, "front_end": [SAMPLE_RATE, N_FFT, HOP, N_MELS]}
     sources = ((f"clip {number}", _embedded_clips, (seed, number)) for number in range(n_clips))
-    return _build(out, settings, sources, workers or os.cpu_count())
+    return _build(out, settings, sources, workers or CORES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -711,7 +712,7 @@ def main():
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
     parser.add_argument("--out", help="where the corpus goes (default: corpora/NAME_OF_THE_FOLDER)")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10, as in the paper)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s, one a core)")
+    parser.add_argument("--workers", type=int, default=CORES, help="processes (default: %(default)s, one a core)")
     args = parser.parse_args()
     out = args.out or Path("corpora") / Path(args.folder).resolve().name
     try:

@@ -22,6 +22,7 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
+from data import CORES
 from model import PATCHES
 from probe import (
     BASELINES, METRICS, QUICK_GRID, Representation, bootstrap, check_machine, embed_all, evaluate, fit_probes, hand_made,
@@ -175,7 +176,7 @@ def command_line():
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="draws of the noise (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=CORES, help="decoding processes (default: %(default)s)")
     return parser
 
 

@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from data import AUDIO_SUFFIXES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
+from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -555,7 +555,7 @@ def _clip_inputs(clip, kinds, versions):
 
 def in_workers(function, jobs, workers=None):
     """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
-    pool = data.start_workers(workers or os.cpu_count())
+    pool = data.start_workers(workers or CORES)
     try:
         futures = (pool.submit(function, *job) for job in jobs)
         pending = deque(itertools.islice(futures, 64))
@@ -732,7 +732,7 @@ def probabilities(kind, outputs, owner=None, count=None):
     if owner is None:
         return outputs
     total = outputs.new_zeros(*outputs.shape[:-2], count, outputs.shape[-1]).index_add_(-2, owner, outputs)
-    return total / torch.bincount(owner, minlength=count)[:, None]
+    return total / total.new_zeros(count, 1).index_add_(0, owner, total.new_ones(len(owner), 1))  # bincount: a GPU would wait
 
 
 def _input_of(configuration):
@@ -1061,7 +1061,7 @@ def command_line():
     parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
     parser.add_argument("--out", default="vectors.npz", help="for --embed (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=CORES, help="decoding processes (default: %(default)s)")
     return parser
 
 

@@ -13,12 +13,10 @@ and several processes that share a batch all draw the whole of it and compute th
 
 import argparse
 import datetime
-import importlib.util
 import itertools
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -66,7 +64,7 @@ def command_line():
     parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
     parser.add_argument("--precision", choices=["bf16", "float32"], help="of the encoder's products (default: bf16 on a GPU)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on a GPU with Triton)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on a GPU)")
     return parser
 
 
@@ -222,6 +220,15 @@ def memory_free(device):
         return math.inf
 
 
+def compiles(device):
+    """Whether torch.compile works here, tried on something small."""
+    try:
+        torch.compile(torch.nn.GELU())(torch.ones(8, device=device))
+    except Exception:  # whatever it stumbles over
+        return False
+    return True
+
+
 def duration(seconds):
     """Seconds as people say them: '40 s', '12 min', '3.5 h', '12 days'."""
     for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
@@ -288,12 +295,18 @@ def train(args, checkpoint):
     if on_gpu:
         torch.cuda.set_device(device)
     args.precision = args.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
-    if args.compile is None:
-        tools = importlib.util.find_spec("triton") and any(map(shutil.which, ("cc", "gcc", "clang")))  # Windows has no Triton
-        args.compile = on_gpu and bool(tools)
     if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(days=1))
+        backend, long = "nccl" if on_gpu else "gloo", datetime.timedelta(days=1)
+        dist.init_process_group(backend, timeout=long, device_id=device if on_gpu else None)
     say = tqdm.write if rank == 0 else lambda line: None
+    wanted = on_gpu if args.compile is None else args.compile
+    if wanted and not compiles(device):
+        needed = "torch.compile does not work here: it needs a C++ compiler, Python's headers and, for a GPU, Triton"
+        if args.compile:
+            raise ValueError(f"--compile: {needed}")
+        say(f"{needed}; going on without it, more slowly")
+        wanted = False
+    args.compile = wanted
 
     # 1) the corpus, and how much of it
     corpus = open_corpus(args, rank)
@@ -331,6 +344,8 @@ def train(args, checkpoint):
             source = checkpoint["corpus"]["source"]
             raise ValueError(f"{args.out} was trained on another corpus, of {source}, not on what {corpus.path} holds now")
         model.load_state_dict(checkpoint["model"])
+        for group in checkpoint["optimizer"]["param_groups"]:
+            group["fused"] = on_gpu  # and not as it was where the run was begun
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
     forward = torch.compile(model) if args.compile else model
@@ -374,7 +389,7 @@ def train(args, checkpoint):
     def draw(at):
         views, kept = draw_batch(corpus, clips, batch, at, args, part)
         if on_gpu and not views.is_cuda:  # pinned memory is copied while the GPU works; for other memory it would wait
-            views, kept = views.pin_memory(), {patch: tokens.pin_memory() for patch, tokens in kept.items()}
+            views, kept = views.pin_memory(), {patch: tokens.contiguous().pin_memory() for patch, tokens in kept.items()}
         return views, kept
 
     batches = map(draw, itertools.count(step)) if corpus.mel.is_cuda else one_ahead(draw, step)

@@ -4,5 +4,6 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests everywhere
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several tests run several processes
 sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -336,6 +336,12 @@ def test_bfloat16_and_compiling_on_a_cpu(folder):
     assert done.returncode == 0 and log_of(folder / "runs/bf16")[0]["settings"]["precision"] == "bf16"
 
 
+def test_where_compiling_does_not_work_it_is_a_sentence(folder):
+    nothing = {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
+    done = run(folder, "--data", "corpora/small", "--out", "runs/uncompiled", "--compile", *SMALL, env={**os.environ, **nothing})
+    assert done.returncode == 2 and "torch.compile does not work here" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_corpus_larger_than_memory_trains_from_the_disk(folder):
     """Six gigabytes of (empty) corpus, and a limit of 1.5 on the memory that the process may have of its own."""
     big = folder / "corpora/big"
