@@ -1,7 +1,7 @@
 """How fast, against the obvious way of doing the same work in the same run, and against what the machine can do.
 
     python tests/bench.py                    all of it, under five minutes on two CPU cores; with a GPU, on that
-    python tests/bench.py step grid          some of mel, corpus, pairs, step, ranks, grid, faults
+    python tests/bench.py step grid          some of it: mel, corpus, pairs, step, ranks, grid, faults, the first words of the lines
 
 A line gives the figure, that of the obvious way, their ratio, and the limit: the operations or bytes that the work needs over
 what this machine does in a plain matrix product or a plain copy, measured first. Every stage does a fixed amount of work, once
@@ -150,7 +150,8 @@ def bench_pairs(flops, copy):
         for i in range(len(corpus)):
             rows = corpus.mel[corpus.first[i] : corpus.first[i] + corpus.frames[i]]
             Path(folder, f"{i}.pickle").write_bytes(pickle.dumps(rows.T.contiguous()))
-        loader = torch.utils.data.DataLoader(Pickled(folder, len(corpus)), 32, shuffle=True, num_workers=CORES)
+        batch = max(32, 512 // CORES)  # what the workers have ready stays in shared memory, of which containers have little
+        loader = torch.utils.data.DataLoader(Pickled(folder, len(corpus)), batch, shuffle=True, num_workers=CORES)
         if GPU:
             corpus.to(DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -232,7 +233,7 @@ def bench_ranks(flops, copy):
         fake_corpus(Path(folder, "noise"), 1024)
         run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", 256, "--steps", 4, "--device", "cpu"]
         one = train(folder, "one", *run, threads=1)
-        line("two ranks against one, 256 pairs of ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
+        line("ranks: two against one, 256 pairs of ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
 
 
 def bench_grid(flops, copy):
