@@ -571,12 +571,13 @@ def in_workers(function, jobs, workers=None):
 
 
 def on_each_core(function, *jobs, device="cpu"):
-    """[function(*job) for job in zip(*jobs)], on a CPU in threads of one core each.
+    """[function(*job) for job in zip(*jobs)], on a CPU side by side in threads that share the cores.
 
     Small products gain more from a core to themselves than from all cores on each of them.
     """
-    threads = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    cores = torch.get_num_threads()
+    threads = min(cores, len(jobs[0])) if torch.device(device).type == "cpu" else 1
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // threads,))
     try:
         return list(pool.map(function, *jobs))
     finally:  # when interrupted, without waiting for what is pending
@@ -934,7 +935,9 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
         rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
     with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
         fit = lambda x: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update)
-        fitted = dict(zip(rows, on_each_core(fit, rows.values(), device=device)))
+        longest = sorted(rows, key=lambda name: -rows[name].shape[1])  # first, so that no core waits for it at the end
+        found = dict(zip(longest, on_each_core(fit, [rows[name] for name in longest], device=device)))
+    fitted = {name: found[name] for name in rows}
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
     y, predicted = predict(task, features, rows[name], winner, per_segment, device)

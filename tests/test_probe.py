@@ -853,6 +853,20 @@ def test_just_the_embeddings(labelled):
         assert found["vectors"].shape == (2, 256) and found["seconds"].tolist() == [0, 0]
 
 
+def test_cores_are_shared_and_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        assert probe.on_each_core(lambda a, b: (a, b), range(20), range(20, 40)) == list(zip(range(20), range(20, 40)))
+        for jobs, threads in ((1, 4), (2, 2), (3, 1), (9, 1)):
+            assert probe.on_each_core(lambda _: torch.get_num_threads(), range(jobs)) == [threads] * jobs
+        with pytest.raises(ZeroDivisionError):
+            probe.on_each_core(lambda a: 1 / a, [1, 0, 2])
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
