@@ -294,13 +294,14 @@ def _build(out, settings, sources, workers):
             differs = ", ".join(f"{name} {found.get(name)!r} and not {settings[name]!r}" for name in other)
             advice = "delete it, or build another with `python data.py FOLDER --out NAME`"
             raise ValueError(f"{out} was built with {differs or 'files of other names or sizes'}: {advice}")
-        frames = done = 0
+        frames, done, room = 0, 0, mel_path.stat().st_size / (N_MELS * 2)
         for entry, end in entries:
-            if "totals" in entry:
+            if "totals" in entry and frames == room:
                 return Corpus(out)
-            frames, done, keep = frames + sum(length for _, length in entry["clips"]), done + 1, end
-        if mel_path.stat().st_size < frames * N_MELS * 2:
-            raise ValueError(f"{mel_path} is shorter than its index says: delete {out} and build it again")
+            after = frames + sum(length for _, length in entry.get("clips", ()))
+            if "totals" in entry or after > room:  # the frames have lost their tail: on from where they end
+                break
+            frames, done, keep = after, done + 1, end
         index.truncate(keep)
         mel.truncate(frames * N_MELS * 2)
         for part in out.glob("*.part"):
@@ -424,7 +425,8 @@ class Corpus:
         size = (path / "mel.f16").stat().st_size if (path / "mel.f16").is_file() else 0
         if size != rows * N_MELS * 2:
             expected = rows * N_MELS * 2
-            raise ValueError(f"{path / 'mel.f16'} holds {size:,} bytes and its index speaks of {expected:,}: build it again")
+            advice = "the command that built it mends it"
+            raise ValueError(f"{path / 'mel.f16'} holds {size:,} bytes and its index speaks of {expected:,}: {advice}")
         with warnings.catch_warnings():  # torch says that it could not write to this; nobody wants to
             warnings.simplefilter("ignore", UserWarning)
             array_on_disk = np.memmap(path / "mel.f16", np.float16, "r", shape=(rows, N_MELS))
@@ -449,7 +451,7 @@ class Corpus:
     def pairs(self, clip_ids, generator=None, part=slice(None)):
         """`sample_pairs` as one tensor, (2, B, 128, 96)."""
         if self.file and self.file.size() < self.mel.nbytes:  # to read beyond the end would be the end of the process
-            raise ValueError(f"{self.path / 'mel.f16'} has lost its tail since it was opened: build it again")
+            raise ValueError(f"{self.path / 'mel.f16'} has lost its tail under way: the command that built it mends it")
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
         where = generator.device if generator else "cpu"

@@ -58,7 +58,7 @@ def keep_tokens(batch, n_tokens, mask_ratio, generator=None, device=None):
     """
     kept = n_tokens - int(mask_ratio * n_tokens) if 0 <= mask_ratio < 1 else 0
     if not kept:
-        raise ValueError(f"a mask ratio of {mask_ratio} keeps {kept} of {n_tokens} tokens: it must be at least 0 and below 1")
+        raise ValueError(f"a mask ratio of {mask_ratio}: it must be at least 0 and below 1, so that some of {n_tokens} tokens are kept")
     return torch.rand(batch, n_tokens, generator=generator, device=device).topk(kept, dim=1).indices
 
 

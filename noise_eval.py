@@ -31,6 +31,7 @@ from probe import (
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
 PROBES = {"linear": (), "MLP 256-128": (256, 128)}  # hidden layers, after arXiv 2505.06042
+CLIPS_A_PROBE = 25  # embedded in the time that a probe takes, roughly; for the bar
 REPRESENTATIONS = ("checkpoint", "random", "mfcc", "chroma")
 
 
@@ -86,7 +87,8 @@ def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", wo
     metric = METRICS[task.kind][0]
     grids = {name: [c._replace(hidden=h) for c in QUICK_GRID if bool(c.hidden) == bool(h)] for name, h in PROBES.items()}
     test = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
-    probes = len(representations) * sum(map(len, grids.values()))
+    probes = CLIPS_A_PROBE * len(representations) * sum(map(len, grids.values()))
+    advance = lambda count: bar.update(CLIPS_A_PROBE * count)
     with tqdm(total=len(task.clips) + len(test.clips) + probes, desc="clean sound", smoothing=0.05) as bar:
         clean = embed_all(task, representations, device, workers, bar=bar)
         bar.n = len(task.clips)  # also when the features were kept
@@ -97,7 +99,7 @@ def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", wo
 
         def score(representation, features, heard, name):  # one probe: its entries for all SNRs
             rows, loud = side_by_side(features), side_by_side(heard)  # (n, F), (n, V, F)
-            _, probe = fit_probes(task, features, rows, grids[name], seed=seed, device=device, progress=bar.update)
+            _, probe = fit_probes(task, features, rows, grids[name], seed=seed, device=device, progress=advance)
             y, outputs = predict(task, features, rows, probe, device=device)
             each = [predict(test, heard, loud[:, v], probe, device=device)[1] for v in range(loud.shape[1])]
             each = torch.stack(each).unflatten(0, (repeats, len(snrs)))  # (R, SNRs, n, C)
@@ -121,6 +123,8 @@ def noise_check(task, representations, snrs, repeats=1, seed=0, device="cpu", wo
         "seed": seed,
         "keys": {representation.name: representation.key for representation in representations},  # of checkpoints, their SHA-1
         "incomplete": bool(task.missing or clean[0].left_out),
+        "missing": task.missing,
+        "left_out": clean[0].left_out,
         "scores": scores,
     }
 
@@ -171,8 +175,9 @@ def command_line():
     parser.add_argument("--checkpoint", help="of train.py or the authors' (default: the newest under runs/)")
     parser.add_argument("--patch", choices=list(PATCHES), help="shape of the patches in a released file with one tokenizer")
     parser.add_argument("--representations", nargs="+", choices=REPRESENTATIONS, default=REPRESENTATIONS, help="(default: all)")
-    parser.add_argument("--snr", nargs="+", type=float, default=[0.0], metavar="DB", help="signal-to-noise ratios (default: 0)")
-    parser.add_argument("--sweep", action="store_true", help="at " + ", ".join(f"{snr:g}" for snr in SWEEP) + " dB")
+    levels = parser.add_mutually_exclusive_group()
+    levels.add_argument("--snr", nargs="+", type=float, default=[0.0], metavar="DB", help="signal-to-noise ratios (default: 0)")
+    levels.add_argument("--sweep", action="store_true", help="at " + ", ".join(f"{snr:g}" for snr in SWEEP) + " dB")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="draws of the noise (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
@@ -197,9 +202,11 @@ def noise_eval(args):
     results = noise_check(task, representations, snrs, args.repeat, args.seed, args.device, args.workers)
     print("\n" + table(results))
     if results["silent_clips"]:
-        print(f"{results['silent_clips']} silent clips had no noise added")
+        print(f"silent clips, to which no noise was added: {results['silent_clips']}")
     if results["incomplete"]:
-        print("INCOMPLETE: files are missing or unreadable; probe.py --check tells which")
+        print(f"INCOMPLETE: {len(results['missing'])} files missing, {len(results['left_out'])} clips unreadable")
+        for line in [*results["missing"], *(reason for _, reason in results["left_out"])][:10]:
+            print(f"  {line}")
     path = (model.folder if model else BASELINES) / f"noise_{task.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))

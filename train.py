@@ -107,7 +107,7 @@ def newest_checkpoint(out):
             checkpoint = read_checkpoint(path)
             if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
                 raise ValueError(f"{path}: a model, but not a checkpoint of training that can go on")
-            return checkpoint
+            return {**checkpoint, "path": path}
         except ValueError as error:
             print(f"{error}{'; trying the one before' if path is not paths[-1] else ''}", file=sys.stderr)
     if paths:
@@ -362,14 +362,18 @@ def train(args, checkpoint):
         (args.out / "log.part").write_text("".join(line + "\n" for line in lines))
         os.replace(args.out / "log.part", log_path)
 
+    whole = not checkpoint or checkpoint["path"].name == "checkpoint.pt"  # else that is damaged, and no spare to keep
+
     def save():
+        nonlocal whole
         if not all(p.isfinite().all() for p in model.parameters()):  # the loss would only notice a step later
             raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; try a smaller --lr")
         newest, before, fresh = args.out / "checkpoint.pt", args.out / "checkpoint_before.pt", args.out / "checkpoint_new.pt"
         save_model(model, fresh, optimizer=optimizer.state_dict(), step=step, settings=settings, corpus=identity)
-        if newest.exists():
+        if newest.exists() and whole:
             os.replace(newest, before)
         os.replace(fresh, newest)
+        whole = True
 
     memory = f"about {needed / 1e9:.1f} GB of memory"
     say(f"{args.out}: {total:,} steps of {batch:,} pairs, {per_epoch:,} an epoch, on {device}; {memory}")

@@ -291,6 +291,17 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path):
         data.build_corpus(tmp_path / "nothing", tmp_path / "x", workers=1)
 
 
+@pytest.mark.parametrize("size", [0, 100_000, -256, 10**7])
+def test_the_command_that_built_a_corpus_mends_it(music, corpus, tmp_path, size):
+    for name, content in contents(corpus.path).items():
+        (tmp_path / name).write_bytes(content)
+    os.truncate(tmp_path / "mel.f16", size if size >= 0 else corpus.mel.nbytes + size)  # the last: longer than it was
+    with pytest.raises(ValueError, match="the command that built it mends it"):
+        data.Corpus(tmp_path)
+    data.build_corpus(music, tmp_path, workers=1)
+    assert contents(tmp_path) == contents(corpus.path)
+
+
 def test_a_corpus_that_lost_its_tail_or_is_not_finished_is_a_sentence(corpus, tmp_path):
     for name, content in contents(corpus.path).items():
         (tmp_path / name).write_bytes(content)
@@ -298,7 +309,7 @@ def test_a_corpus_that_lost_its_tail_or_is_not_finished_is_a_sentence(corpus, tm
     assert len(opened) == len(corpus)
     loaded = data.Corpus(tmp_path).to("cpu")
     os.truncate(tmp_path / "mel.f16", 100_000)
-    with pytest.raises(ValueError, match="has lost its tail since"):  # and not the end of the process
+    with pytest.raises(ValueError, match="has lost its tail"):  # and not the end of the process
         opened.pairs(range(len(opened)))
     assert torch.equal(loaded.pairs([0, 1], torch.Generator().manual_seed(0)), corpus.pairs([0, 1], torch.Generator().manual_seed(0)))
     with pytest.raises(ValueError, match="100,000 bytes"):

@@ -166,13 +166,18 @@ def test_no_percentage_of_a_score_below_zero():
 
 def test_command_line(labelled, monkeypatch, capfd):
     monkeypatch.chdir(labelled)
-    arguments = ["--task", "tones.csv", "--snr", "5", "5", "-5", "--representations", "checkpoint", "random", "--workers", "2"]
+    (labelled / "bad.wav").write_text("no sound")
+    rows = (labelled / "tones.csv").read_text()
+    (labelled / "flawed.csv").write_text(rows + "\nbad.wav,low,train\ngone.wav,high,test\n")
+    arguments = ["--task", "flawed.csv", "--snr", "5", "5", "-5", "--representations", "checkpoint", "random", "--workers", "2"]
     monkeypatch.setattr(sys, "argv", ["noise_eval.py", *arguments])
     monkeypatch.setattr(noise_eval, "PROBES", {"linear": (), "MLP 8": (8,)})
     noise_eval.main()
     said = capfd.readouterr()
-    assert "random-tiny-hybrid" in said.out and "4 silent clips" in said.out and "runs/small/noise_tones.json" in said.out
-    results = json.loads((labelled / "runs/small/noise_tones.json").read_text())
+    assert "random-tiny-hybrid" in said.out and "no noise was added: 4" in said.out and "runs/small/noise_flawed.json" in said.out
+    results = json.loads((labelled / "runs/small/noise_flawed.json").read_text())
+    assert "1 files missing, 1 clips unreadable" in said.out and "  gone.wav" in said.out and "bad.wav: not sound" in said.out
+    assert results["incomplete"] and results["missing"] == ["gone.wav"] and results["seed"] == 0
     assert results["snrs"] == [5, -5] and {row["representation"] for row in results["scores"]} == {"hybrid", "random-tiny-hybrid"}
     assert {text.split(":")[0] for text in said.err.split("\r") if ":" in text} == {"clean sound", "noisy sound", "probes"}
 
@@ -186,6 +191,7 @@ def test_command_line(labelled, monkeypatch, capfd):
         (["--snr", "0", "1e9"], "between -100 and 100 dB"),
         (["--repeat", "0"], "at least once"),
         (["--task", "gtzan"], "Where to get it"),
+        (["--sweep", "--snr", "7"], "not allowed with"),
         (["--snr", "loud"], "invalid float value: 'loud'"),
     ],
 )

@@ -159,8 +159,10 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_used(folder):
     out = folder / "runs/killed"
     whole = (out / "checkpoint.pt").read_bytes()
     (out / "checkpoint.pt").write_bytes(whole[: len(whole) // 3])
+    spare = (out / "checkpoint_before.pt").read_bytes()
     done = run(folder, "--data", "corpora/small", "--out", out, "--resume", *SMALL)
     assert done.returncode == 0 and "cut short" in done.stderr
+    assert (out / "checkpoint_before.pt").read_bytes() == spare  # and not the damaged one in its place
     assert same(weights(out / "checkpoint.pt"), weights(folder / "runs/whole/checkpoint.pt"))
     for name in ("checkpoint.pt", "checkpoint_before.pt"):
         (out / name).write_bytes(b"nothing")
