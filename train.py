@@ -362,7 +362,7 @@ def train(args, checkpoint):
         (args.out / "log.part").write_text("".join(line + "\n" for line in lines))
         os.replace(args.out / "log.part", log_path)
 
-    whole = not checkpoint or checkpoint["path"].name == "checkpoint.pt"  # else that is damaged, and no spare to keep
+    whole = not checkpoint or checkpoint["path"].name == "checkpoint.pt"  # else it is damaged: the one before stays
 
     def save():
         nonlocal whole
