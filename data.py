@@ -446,7 +446,7 @@ class Corpus:
 
         `part` draws for the whole batch but reads only that slice of it, for processes that share a batch.
         """
-        return tuple(self.pairs(clip_ids, generator, part))
+        return self.pairs(clip_ids, generator, part)
 
     def pairs(self, clip_ids, generator=None, part=slice(None)):
         """`sample_pairs` as one tensor, (2, B, 128, 96)."""

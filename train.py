@@ -1,14 +1,16 @@
 """Stage 3 of Myna: pre-training (Algorithm 1 and section 3.6 of the paper).
 
-    python train.py --demo                                  a tiny model on the embedded music, minutes on two cores
-    python train.py --data MUSIC_FOLDER --patch vertical    the paper's recipe on your own recordings
-    python train.py --data corpora/mine --out runs/mine --resume      go on with a run, or start it
-    torchrun --nproc-per-node 4 train.py --data corpora/mine          the same batch, shared by four GPUs
+Input: a corpus (data.py) or a folder of music. Output: runs/NAME/checkpoint.pt and, beside it, log.jsonl.
 
-A corpus (data.py) goes in, `runs/NAME/checkpoint.pt` comes out, with `log.jsonl` beside it. One step: draw a batch of
-clips, two segments of each and the 5 of 48 patches to keep of each; encode; InfoNCE; Adam. Nothing else is random, and
-all of it is drawn from (seed, step): a run that was killed and resumed does what the undisturbed one would have done,
-and several processes that share a batch all draw the whole of it and compute their part.
+    python train.py --demo                                        a tiny model, minutes on two CPU cores
+    python train.py --patch vertical --batch 4096                 the paper's recipe, on what --data names
+    python train.py --data corpora/mine --out runs/mine --resume  continue a run, or start it
+    torchrun --nproc-per-node 4 train.py --data corpora/mine      one batch, shared by four GPUs
+
+One step: draw a batch of clips, two segments of each clip, and the 5 of 48 patches to keep of each segment;
+encode; InfoNCE; Adam. All random numbers of a step are drawn from (seed, step). So a run that was killed and
+resumed gives the same weights as one that was not, and processes that share a batch draw the same batch
+without exchanging it.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -29,108 +32,123 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import FRAMES, HOP, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, report
-from model import BLOCK, SIZES, Config, Myna, contrast, keep_tokens, read_checkpoint, save_model
+from data import HOP, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, report
+from model import N_TOKENS, PATCHES, SIZES, Config, Myna
+from model import info_nce_in_blocks, keep_tokens, read_checkpoint, retrieval_accuracy, save_model
 
-N_TOKENS = 48  # of either patch shape
-DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}  # a small model bears larger steps
+RANK = int(os.environ.get("RANK", 0))  # of this process, and the number of processes: torchrun sets both
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device", "compile")  # free to differ each time a run goes on
-FREE = ("steps", "data")  # stored as defaults, and free to differ: a longer run, a corpus that was moved
+# -----------------------------------------------------------------------------------------------------------
+# Settings
+# -----------------------------------------------------------------------------------------------------------
+
+DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}
+NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device", "compile", "chunk")
+MAY_CHANGE = ("steps", "data")  # stored, but a resumed run may be longer, and its corpus may have moved
 
 
 def command_line():
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(description="Pre-train Myna. Every default is the paper's value.", allow_abbrev=False)
-    parser.add_argument("--demo", action="store_true", help="the tiny model on the embedded music, minutes on two CPU cores")
-    parser.add_argument("--data", help="a corpus, or a folder of music (default: the embedded music)")
-    parser.add_argument("--minutes", type=float, help="use so much of the corpus only, the same nested subsets for a seed")
-    patches = ["square", "vertical", "hybrid"]
-    parser.add_argument("--patch", choices=patches, default="hybrid", help="16x16, 128x2 or both (default: %(default)s)")
-    parser.add_argument("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
-    parser.add_argument("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
-    parser.add_argument("--batch", type=int, default=4096, help="pairs a step, over all processes (default: %(default)s)")
-    parser.add_argument("--mask", type=float, default=0.9, help="share of the patches thrown away (default: %(default)s)")
+    parser = argparse.ArgumentParser(description="Pre-train Myna. Defaults: the paper's.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--demo", action="store_true", help="a tiny model on the embedded music, minutes on two CPU cores")
+    add("--data", help="a corpus, or a folder of music (default: the embedded music)")
+    add("--minutes", type=float, help="use only so much of the corpus (subsets are nested)")
+    add("--patch", choices=[*PATCHES, "hybrid"], default="hybrid", help="16x16, 128x2, or both (default)")
+    add("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
+    add("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
+    add("--batch", type=int, default=4096, help="pairs in a step, over all processes (default: %(default)s)")
+    add("--chunk", type=int, help="pairs encoded at once: same result, less memory (default: all; CPU: 256)")
+    add("--mask", type=float, default=0.9, help="share of the patches that is dropped (default: %(default)s)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="passes over the corpus (default: 500)")
     length.add_argument("--steps", type=int, help="or a number of steps")
-    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
-    parser.add_argument("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
-    parser.add_argument("--decoupled", action="store_true", help="the loss as printed, without the positive below the line")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    parser.add_argument("--out", help="folder of the run (default: runs/PATCH_SIZE_bBATCH_sSEED)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, with its settings, or start it")
-    parser.add_argument("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU when there is one)")
-    parser.add_argument("--precision", choices=["bf16", "float32"], help="of the encoder's products (default: bf16 on a GPU)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on a GPU)")
+    add("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
+    add("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
+    add("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
+    add("--decoupled", action="store_true", help="the loss as printed: no positive in the denominator")
+    add("--seed", type=int, default=0, help="of all random numbers (default: %(default)s)")
+    add("--out", help="folder of the run (default: runs/PATCH_SIZE_bBATCH_sSEED)")
+    add("--resume", action="store_true", help="continue the run in --out with its settings, or start it")
+    add("--save-minutes", type=float, default=10, help="between checkpoints (default: %(default)s)")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--precision", choices=["bf16", "float32"], help="of the encoder's products (default: bf16 on a GPU)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on a GPU)")
     return parser
 
 
 def read_settings(argv):
-    """The command line, with the demo's or the resumed run's settings as defaults. Returns (settings, checkpoint or None)."""
+    """The settings of a run, and the checkpoint that it continues or None.
+
+    The defaults are those of --help; with --demo, DEMO; with --resume, the settings stored in the checkpoint.
+    Raises ValueError for settings that make no sense, alone or for the run in --out.
+    """
     parser = command_line()
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     out = Path(args.out or f"runs/{args.patch}_{args.size}_b{args.batch}_s{args.seed}")
+
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         stored = checkpoint["settings"]
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
-        differ = [name for name in stored if name not in FREE and getattr(args, name) != stored[name]]
-        if differ:
-            own = ", ".join(f"its --{name.replace('_', '-')} is {stored[name]}" for name in differ)
-            raise ValueError(f"{out} goes on with its own settings alone: {own}")
+        for name, value in stored.items():
+            if name not in MAY_CHANGE and getattr(args, name) != value:
+                option = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{out} can only continue with its own settings: its {option} is {value}")
     elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
-        raise ValueError(f"{out} holds a run: --resume goes on with it, another --out begins a new one")
+        raise ValueError(f"{out} holds a run: continue it with --resume, or name another folder with --out")
+
     args.out = out
-    for name in ("batch", "epochs", "steps", "lr", "temperature", "minutes", "save_minutes"):
+    for name in ("batch", "chunk", "epochs", "steps", "lr", "temperature", "minutes", "save_minutes"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
     if args.batch < 2:
-        raise ValueError("--batch 1: a contrast needs at least two pairs")
+        raise ValueError("--batch 1: the contrastive loss needs at least two pairs")
     if args.seed < 0 or not 0 <= args.weight_decay < math.inf:
         raise ValueError("--seed and --weight-decay must not be negative")
-    keep_tokens(1, N_TOKENS, args.mask)  # complains of a ratio that keeps nothing
+    keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
     return args, checkpoint
 
 
 def newest_checkpoint(out):
-    """The newest whole checkpoint in a run's folder, None when none was written yet."""
-    paths = [path for path in (out / "checkpoint.pt", out / "checkpoint_before.pt") if path.exists()]
+    """The newest undamaged checkpoint in a run's folder; None when none was written yet."""
+    names = ("checkpoint.pt", "checkpoint_new.pt", "checkpoint_previous.pt")
+    paths = [out / name for name in names if (out / name).exists()]
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
             if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
-                raise ValueError(f"{path}: a model, but not a checkpoint of training that can go on")
+                raise ValueError(f"{path}: a model, but not a checkpoint of train.py that can be continued")
             return {**checkpoint, "path": path}
         except ValueError as error:
-            print(f"{error}{'; trying the one before' if path is not paths[-1] else ''}", file=sys.stderr)
+            print(f"{error}; trying the previous checkpoint", file=sys.stderr)
     if paths:
-        raise ValueError(f"{out}: no checkpoint can be read, so the run cannot go on; begin a new one with another --out")
+        raise ValueError(f"{out}: no checkpoint can be read, so the run cannot continue; name another --out")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What to train on
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# Batches
+# -----------------------------------------------------------------------------------------------------------
 
 
-def open_corpus(args, rank):
-    """The corpus that --data names, built first where need be; by rank 0 alone, while the others wait."""
+def open_corpus(args):
+    """The corpus that --data names. If it must be built, process 0 builds it and the others wait."""
     if args.data is None:
-        clips = max(2048, args.batch)
-        path, build = Path(f"corpora/embedded_{clips}"), lambda: build_embedded_corpus(clips, 0, path)
-        if rank == 0:
-            print(f"No --data: training on the embedded music, {clips} clips of ten seconds, in {path}")
+        n_clips = max(2048, args.batch)
+        path = Path(f"corpora/embedded_{n_clips}")
+        say(f"No --data: training on the embedded music, {n_clips} clips of ten seconds, in {path}")
+        build = lambda: build_embedded_corpus(n_clips, 0, path)
     elif (Path(args.data) / "index.jsonl").exists():
         path, build = Path(args.data), None
     else:
-        path, build = Path("corpora") / Path(args.data).resolve().name, lambda: build_corpus(args.data, path)
-    if build and rank == 0:
+        path = Path("corpora") / Path(args.data).resolve().name
+        build = lambda: build_corpus(args.data, path)
+    if build and RANK == 0:
         report(build())
     if dist.is_initialized():
         dist.barrier()
@@ -138,151 +156,180 @@ def open_corpus(args, rank):
 
 
 def choose_clips(corpus, minutes, seed):
-    """Ids of the clips to train on: all, or `minutes` of them, the first so many of an order that the seed alone decides."""
+    """Ids of the clips to train on, in an order that depends on the seed alone: all, or `minutes` of them."""
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
     if minutes is None:
         return order
-    ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60
+    ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60  # minutes of sound up to each clip
     if minutes > ends[-1]:
-        print(f"--minutes {minutes:g}: the corpus has {ends[-1]:.0f}, all of them are used")
+        say(f"--minutes {minutes:g}: the corpus has {ends[-1]:.0f}, all of them are used")
     chosen = order[: int((ends <= minutes).sum())]
     if len(chosen) < 2:
-        raise ValueError(f"--minutes {minutes:g} holds {len(chosen)} clips of this corpus, and a batch needs two at least")
+        raise ValueError(f"--minutes {minutes:g}: that is {len(chosen)} clips; a batch needs at least two")
     return chosen
 
 
-def draw_batch(corpus, clips, batch, step, args, part=slice(None)):
-    """All that is random in a step: views (2, b, 128, 96), and of each the patches to keep, {patch: (2, b, K)}.
+def fit_batch(args, corpus, clips):
+    """Reduce --batch to what --minutes holds. ValueError when it does not fit the corpus or the processes."""
+    if args.batch > len(clips):
+        if args.minutes is None:
+            found = f"{corpus.path} holds {len(clips)} clips"
+            raise ValueError(f"a batch of {args.batch}, but {found}: use --batch {len(clips)} or less")
+        smaller = len(clips) // WORLD * WORLD
+        say(f"--minutes {args.minutes:g}: {len(clips)} clips, so that --batch is {smaller}, not {args.batch}")
+        args.batch = smaller
+    if args.batch % WORLD:
+        raise ValueError(f"a batch of {args.batch} cannot be shared evenly by {WORLD} processes")
 
-    Drawn from (seed, step) for the whole batch; `part` is the slice of it, b pairs, that this process computes.
+
+def choose_data(args, checkpoint, device):
+    """The corpus and the ids of its clips to train on; on the GPU when it takes less than half of its memory.
+
+    Raises ValueError when the batch does not fit, or when the checkpoint was trained on another corpus.
     """
-    epoch, position = divmod(step, len(clips) // batch)
-    order = shuffled(len(clips), seed_of(args.seed, 0, epoch), clips.device)
-    ids = clips[order[position * batch : (position + 1) * batch]]
-    generator = torch.Generator(corpus.mel.device).manual_seed(seed_of(args.seed, 1, step))
-    views = corpus.pairs(ids, generator, part)
+    corpus = open_corpus(args)
+    if checkpoint and checkpoint["corpus"] != corpus.settings:
+        source = checkpoint["corpus"]["source"]
+        raise ValueError(f"{args.out} was trained on another corpus than {corpus.path}: on {source}")
+    clips = choose_clips(corpus, args.minutes, args.seed)
+    fit_batch(args, corpus, clips)
+    if device.type == "cuda" and 2 * corpus.mel.nbytes < torch.cuda.mem_get_info(device)[1]:
+        return corpus.to(device), clips.to(device)
+    return corpus, clips
+
+
+def draw_batch(corpus, clips, step, args, part=slice(None)):
+    """The random choices of a step: views (2, b, 128, 96), and the tokens to keep, {patch: (2, b, K)}.
+
+    They are drawn from (seed, step) for the whole batch; `part` selects the b pairs that this process
+    encodes.
+    """
+    epoch, position = divmod(step, len(clips) // args.batch)
+    order = shuffled(len(clips), mix_seed(args.seed, 0, epoch), clips.device)
+    ids = clips[order[position * args.batch : (position + 1) * args.batch]]
+    device = corpus.mel.device
+    generator = torch.Generator(device).manual_seed(mix_seed(args.seed, 1, step))
+    views = corpus.sample_pairs(ids, generator, part)
     kept = {}
-    for patch in ("square", "vertical") if args.patch == "hybrid" else (args.patch,):
-        kept[patch] = keep_tokens(2 * batch, N_TOKENS, args.mask, generator, corpus.mel.device).view(2, batch, -1)[:, part]
+    for patch in PATCHES if args.patch == "hybrid" else (args.patch,):
+        tokens = keep_tokens(2 * args.batch, N_TOKENS, args.mask, generator, device)
+        kept[patch] = tokens.view(2, args.batch, -1)[:, part]
     return views, kept
 
 
-@lru_cache(maxsize=1)  # a large corpus takes longer to shuffle than a step
+@lru_cache(maxsize=1)  # shuffling a large corpus takes longer than a step
 def shuffled(n, seed, device):
-    """The order of an epoch, the same on every device."""
+    """The order of the clips in an epoch, the same on every device."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
-def seed_of(*numbers):
-    """Mix numbers into one seed, so that neighbouring seeds and steps have nothing to do with each other."""
+def mix_seed(*numbers):
+    """One seed from several numbers, so that neighbouring seeds and steps give unrelated random numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
-def one_ahead(function, step):
-    """function(step), function(step + 1), ... without end, the next one made by a thread while the caller uses the last."""
+def batches(corpus, clips, first_step, args, device):
+    """The batches from `first_step` on, on the device. A thread draws the next one during the step."""
+    share = args.batch // WORLD
+    part = slice(RANK * share, (RANK + 1) * share)
     with ThreadPoolExecutor(1) as thread:
-        ready = thread.submit(function, step)
-        while True:
-            batch = ready.result()
-            step += 1
-            ready = thread.submit(function, step)
-            yield batch
+        ahead = thread.submit(draw_batch, corpus, clips, first_step, args, part)
+        for step in itertools.count(first_step + 1):
+            views, kept = ahead.result()
+            ahead = thread.submit(draw_batch, corpus, clips, step, args, part)
+            yield views.to(device), {patch: tokens.to(device) for patch, tokens in kept.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What it will take
-# ----------------------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------------
+# One step
+# -----------------------------------------------------------------------------------------------------------
 
 
-def memory_needed(size, batch, mask, world=1):
-    """Bytes that a step of `batch` pairs takes of each of `world` processes at its peak, the corpus aside.
+def gather(z):
+    """The vectors of all processes, (2, b, d) -> (2, B, d). Only this process's own carry a gradient."""
+    if not dist.is_initialized():
+        return z
+    parts = [torch.empty_like(z) for _ in range(WORLD)]
+    dist.all_gather(parts, z.detach().contiguous())
+    parts[RANK] = z
+    return torch.cat(parts, dim=1)
 
-    Counted as if all were float32; with bfloat16 on a GPU it is somewhat less.
+
+def backward(model, views, patch, kept, weight, args):
+    """Add the gradient of `weight` times one patch shape's loss to the weights' gradients.
+
+    The loss compares all vectors of the batch, so there are three stages:
+    1. Encode this process's pairs, --chunk of them at a time.
+    2. Compute the loss of the whole batch, and its gradient with respect to this process's vectors.
+    3. Backpropagate that gradient through the encoder, chunk by chunk.
+    If there are several chunks, stage 1 stores nothing for the backward pass and stage 3 encodes each chunk
+    again (gradient caching; Gao et al. 2021): the same gradient, in the memory of one chunk.
+    Returns the loss and the retrieval accuracy, (2,).
     """
-    dim, depth, _, hidden = SIZES[size]
-    views = 2 * batch // world
-    tokens = views * (N_TOKENS - int(mask * N_TOKENS))
-    activations = tokens * depth * (9 * dim + 2 * hidden)  # kept for the backward pass
-    segments = views * N_MELS * FRAMES * 2  # float16 and copies of it: the batch, the next one, its patches
-    similarity = 4 * min((2 * batch) ** 2, BLOCK)  # views with views, and what the loss makes of them
-    weights = 4 * depth * (4 * dim**2 + 2 * dim * hidden)  # with gradients and Adam's two means
-    return 4 * (activations + segments + similarity + weights)
+
+    def encode(rows):
+        with torch.autocast(views.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            z = model(views[:, rows].flatten(0, 1), patch, kept=kept[:, rows].flatten(0, 1))
+        return z.unflatten(0, (2, -1))  # (2, pairs, projection)
+
+    chunks = [slice(first, first + args.chunk) for first in range(0, views.shape[1], args.chunk)]
+    with torch.set_grad_enabled(len(chunks) == 1):
+        z = torch.cat([encode(rows) for rows in chunks], dim=1)  # (2, b, projection)
+
+    own = z.detach().requires_grad_()
+    z1, z2 = gather(own)  # (B, projection) each
+    loss = info_nce_in_blocks(z1, z2, args.temperature, args.decoupled)
+    (gradient,) = torch.autograd.grad(weight * loss, own)
+
+    if len(chunks) == 1:
+        z.backward(gradient)
+    else:
+        for rows in chunks:
+            encode(rows).backward(gradient[:, rows])
+    return torch.stack([loss.detach(), retrieval_accuracy(z1, z2)])
 
 
-def memory_free(device):
-    """Bytes that can still be had on the device; infinity where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return math.inf
+def sum_gradients(model):
+    """Sum the gradients of all processes. Each has differentiated the whole loss by its own vectors only."""
+    gradients = [parameter.grad for parameter in model.parameters()]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(total.view_as(gradient))
 
 
-def compiles(device):
-    """Whether torch.compile works here, tried on something small."""
-    try:
-        torch.compile(torch.nn.GELU())(torch.ones(8, device=device))
-    except Exception:  # whatever it stumbles over
-        return False
-    return True
+def train_step(model, optimizer, views, kept, args):
+    """One update of the weights. Returns the loss and the retrieval accuracy, (2,), on the device.
 
-
-def duration(seconds):
-    """Seconds as people say them: '40 s', '12 min', '3.5 h', '12 days'."""
-    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{0 if seconds >= 10 * size else 1}f} {unit}"
-    return f"{seconds:.0f} s"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def batch_loss(forward, views, kept, patch, args):
-    """One patch shape's loss, and the share of views whose partner is the nearest view of the whole batch (both scalars).
-
-    With several processes, each computes its own rows' vectors and then the loss of the whole batch. It differentiates that
-    by its own vectors alone; summed over the processes these gradients are the gradient of the loss.
-    """
-    z = forward(views.flatten(0, 1), patch, kept=kept[patch].flatten(0, 1)).unflatten(0, (2, -1))  # (2, b, projection)
-    if dist.is_initialized():
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z.detach().contiguous())
-        parts[dist.get_rank()] = z
-        z = torch.cat(parts, dim=1)  # (2, B, projection)
-    return contrast(*z, args.temperature, args.decoupled)
-
-
-def train_step(forward, optimizer, views, kept, args, device):
-    """One update of the weights. Returns loss and retrieval share, tensors on the device (reading them would wait for it).
-
-    Hybrid: the mean of both shapes' losses from two passes over the same segments (section 3.5), one after the other so that
-    only one pass's activations are in memory.
+    Hybrid: the mean of both patch shapes' losses for the same segments (section 3.5). The shapes are
+    computed one after the other, so that memory is that of one.
     """
     optimizer.zero_grad()
     figures = []
-    for patch in kept:
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            loss, retrieval = batch_loss(forward, views, kept, patch, args)
-        (loss / len(kept)).backward()
-        figures.append(torch.stack([loss.detach(), retrieval]))
+    for patch, tokens in kept.items():
+        figures.append(backward(model, views, patch, tokens, 1 / len(kept), args))
     if dist.is_initialized():
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(summed.view_as(gradient))
+        sum_gradients(model)
     optimizer.step()
     return torch.stack(figures).mean(dim=0)
 
 
-def train(args, checkpoint):
-    """The whole run: prepare, say what it will take, loop, save. Returns the signal that ended it early, or None."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# -----------------------------------------------------------------------------------------------------------
+# The run
+# -----------------------------------------------------------------------------------------------------------
+
+
+def say(line):
+    """Print a line, once for all processes."""
+    if RANK == 0:
+        tqdm.write(line)
+
+
+def choose_device(args):
+    """The device of this process. Sets the defaults that depend on it, and connects the processes.
+
+    Raises ValueError for a --device or a --compile that does not work on this machine.
+    """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -291,193 +338,214 @@ def train(args, checkpoint):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    args.precision = args.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32")
-    if world > 1 and not dist.is_initialized():  # a day, since the others wait while rank 0 builds a corpus
-        backend, long = "nccl" if on_gpu else "gloo", datetime.timedelta(days=1)
-        dist.init_process_group(backend, timeout=long, device_id=device if on_gpu else None)
-    say = tqdm.write if rank == 0 else lambda line: None
-    wanted = on_gpu if args.compile is None else args.compile
-    if wanted and not compiles(device):
-        needed = "torch.compile does not work here: it needs a C++ compiler, Python's headers and, for a GPU, Triton"
-        if args.compile:
-            raise ValueError(f"--compile: {needed}")
-        say(f"{needed}; going on without it, more slowly")
-        wanted = False
-    args.compile = wanted
+    args.chunk = args.chunk or (args.batch if on_gpu else 256)
+    if args.precision is None:
+        args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32"
+    if args.compile is None:
+        args.compile = on_gpu and compile_works(device)
+    elif args.compile and not compile_works(device):
+        needs = "a C++ compiler, Python's headers and, for a GPU, Triton"
+        raise ValueError(f"--compile: torch.compile does not work here; it needs {needs}")
 
-    # 1) the corpus, and how much of it
-    corpus = open_corpus(args, rank)
-    clips = choose_clips(corpus, args.minutes, args.seed)
-    batch = args.batch
-    if batch > len(clips):
-        if args.minutes is None:
-            found = f"{corpus.path} holds {len(clips)}"
-            raise ValueError(f"a batch of {batch} needs as many clips, and {found}: take --batch {len(clips)} or less")
-        batch = len(clips) // world * world
-        say(f"--minutes {args.minutes:g}: that is {len(clips)} clips, and the batch shrinks from {args.batch} to {batch}")
-    if batch % world:
-        raise ValueError(f"a batch of {batch} cannot be shared evenly by {world} processes")
-    part = slice(rank * batch // world, (rank + 1) * batch // world)
-    per_epoch = len(clips) // batch
-    total = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
+    if WORLD > 1 and not dist.is_initialized():
+        a_day = datetime.timedelta(days=1)  # the others wait while process 0 builds a corpus
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=a_day, device_id=device if on_gpu else
+        None)
+    return device
 
-    # 2) memory: the step's, and the corpus's when it fits on the GPU
-    needed, free = memory_needed(args.size, batch, args.mask, world), memory_free(device)
-    if needed * (1 if on_gpu else world) > free:
-        sizes = f"takes about {needed / 1e9:.1f} GB in each process and {free / 1e9:.1f} GB are free on {device}"
-        raise ValueError(f"a batch of {batch} {sizes}: take a smaller --batch")
-    if on_gpu and needed + corpus.mel.nbytes < 0.9 * torch.cuda.mem_get_info(device)[1]:
-        corpus.to(device)  # decided by all the memory there is, not by what is free: the same each time and for each process
-        clips = clips.to(device)  # so that drawing a batch copies nothing from here to there: that would wait for the GPU
 
-    # 3) model and optimiser
+def compile_works(device):
+    """Whether torch.compile works on this machine, tried on a small module."""
+    try:
+        torch.compile(torch.nn.GELU())(torch.ones(8, device=device))
+        return True
+    except Exception:  # torch raises many kinds of error here
+        return False
+
+
+def build_model(args, device, checkpoint):
+    """The model and Adam: new, or as they are in the checkpoint."""
     torch.manual_seed(args.seed)
     model = Myna(Config(args.size, args.patch, log_mel=args.log_mel)).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=on_gpu)
-    step = 0  # steps done
-    identity = {**corpus.settings, "clips": len(corpus)}
+    fused = device.type == "cuda"
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
     if checkpoint:
-        if checkpoint["corpus"] != identity:
-            source = checkpoint["corpus"]["source"]
-            raise ValueError(f"{args.out} was trained on another corpus, of {source}, not on what {corpus.path} holds now")
         model.load_state_dict(checkpoint["model"])
-        for group in checkpoint["optimizer"]["param_groups"]:
-            group["fused"] = on_gpu  # and not as it was where the run was begun
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
-    forward = torch.compile(model) if args.compile else model
+        groups = optimizer.state_dict()["param_groups"]  # lr and the like: set above, for this device
+        optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
+    return model, optimizer
 
-    # 4) the log, cut back to the checkpoint
-    log_path = args.out / "log.jsonl"
-    settings = {key: value for key, value in vars(args).items() if key not in NOT_STORED} | {"steps": total}
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps({"time": time.time(), "settings": {**settings, "clips": len(clips), "device": str(device)}})]
-        if checkpoint:
-            old = log_path.read_text().splitlines() if log_path.exists() else []
-            lines = (old or lines)[:1] + [line for line in old[1:] if line.endswith("}") and json.loads(line)["step"] <= step]
-        (args.out / "log.part").write_text("".join(line + "\n" for line in lines))
-        os.replace(args.out / "log.part", log_path)
 
-    whole = not checkpoint or checkpoint["path"].name == "checkpoint.pt"  # else it is damaged: the one before stays
+def start_log(out, settings, checkpoint):
+    """Prepare the run's folder, and cut its log back to the checkpoint. Returns the path of log.jsonl."""
+    if RANK > 0:
+        return Path(os.devnull)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "log.jsonl"
+    lines = [json.dumps({"time": time.time(), "settings": settings})]
+    if checkpoint:
+        os.replace(checkpoint["path"], out / "checkpoint.pt")  # which may be damaged
+        old = path.read_text().splitlines() if path.exists() else []
+        lines = old[:1] or lines
+        for line in old[1:]:
+            if line.endswith("}") and json.loads(line)["step"] <= checkpoint["step"]:
+                lines.append(line)
+    (out / "log.part").write_text("".join(line + "\n" for line in lines))
+    os.replace(out / "log.part", path)
+    return path
 
-    def save():
-        nonlocal whole
-        if not all(p.isfinite().all() for p in model.parameters()):  # the loss would only notice a step later
-            raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; try a smaller --lr")
-        newest, before, fresh = args.out / "checkpoint.pt", args.out / "checkpoint_before.pt", args.out / "checkpoint_new.pt"
-        save_model(model, fresh, optimizer=optimizer.state_dict(), step=step, settings=settings, corpus=identity)
-        if newest.exists() and whole:
-            os.replace(newest, before)
-        os.replace(fresh, newest)
-        whole = True
 
-    memory = f"about {needed / 1e9:.1f} GB of memory"
-    say(f"{args.out}: {total:,} steps of {batch:,} pairs, {per_epoch:,} an epoch, on {device}; {memory}")
+def save_run(out, model, optimizer, step, settings, corpus):
+    """Write checkpoint.pt, and keep its predecessor as checkpoint_previous.pt.
 
-    # 5) the loop
-    stop = []
+    The older predecessor is removed first, so that the disk holds two checkpoints at most. Raises ValueError
+    when a weight is not finite, and OSError when the file cannot be written; checkpoint.pt is then
+    unchanged.
+    """
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; lower --lr")
+    newest, new, previous = out / "checkpoint.pt", out / "checkpoint_new.pt", out / "checkpoint_previous.pt"
+    previous.unlink(missing_ok=True)
+    state = optimizer.state_dict()
+    save_model(model, new, optimizer=state, step=step, settings=settings, corpus=corpus)
+    if newest.exists():
+        os.replace(newest, previous)
+    os.replace(new, newest)
 
-    def told_to_stop(number, frame):
-        if stop:  # for the second time
+
+@contextmanager
+def stop_signals():
+    """A list that collects SIGINT and SIGTERM for the loop to read. A second signal interrupts at once."""
+    received = []
+
+    def receive(number, frame):
+        if received:
             raise KeyboardInterrupt
-        stop.append(number)
-        print("\nStopping after this step; once more to stop at once.", file=sys.stderr)
+        received.append(number)
+        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
 
-    signal.signal(signal.SIGINT, told_to_stop)
-    signal.signal(signal.SIGTERM, told_to_stop)
+    handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-    def draw(at):
-        views, kept = draw_batch(corpus, clips, batch, at, args, part)
-        if on_gpu and not views.is_cuda:  # pinned memory is copied while the GPU works; for other memory it would wait
-            views, kept = views.pin_memory(), {patch: tokens.contiguous().pin_memory() for patch, tokens in kept.items()}
-        return views, kept
 
-    batches = map(draw, itertools.count(step)) if corpus.mel.is_cuda else one_ahead(draw, step)
-    every = 10 if on_gpu else 1  # steps between looks at the figures, since a look waits for the GPU
-    pending, looks, estimated = [], 0, False
-    begun = looked = saved = time.monotonic()
-    bar = tqdm(total=total, initial=step, unit="step", disable=rank > 0)
-    with bar, open(log_path if rank == 0 else os.devnull, "a") as log:
-        while step < total:
-            views, kept = next(batches)
-            views = views.to(device, non_blocking=True)
-            kept = {patch: tokens.to(device, non_blocking=True) for patch, tokens in kept.items()}
-            pending.append(train_step(forward, optimizer, views, kept, args, device))
-            step += 1
+def share_stop(stop, device):
+    """Add a signal to `stop` when any process has received one, so that all stop after the same step."""
+    if dist.is_initialized():
+        stopped = torch.tensor(len(stop), device=device)
+        dist.all_reduce(stopped)
+        if stopped and not stop:
+            stop.append(signal.SIGTERM)
+
+
+def mean_figures(figures, step):
+    """Mean loss and retrieval accuracy of the last steps. ValueError when a loss is not finite."""
+    figures = torch.stack(figures).cpu()  # (steps, 2); waits for a GPU
+    broken = (~figures[:, 0].isfinite()).nonzero()
+    if len(broken):
+        first = step - len(figures) + 1 + int(broken[0])
+        raise ValueError(f"the loss of step {first} is not finite: stopped, nothing saved; lower --lr")
+    return figures.mean(dim=0).tolist()
+
+
+def train(args, checkpoint=None):
+    """The whole run: set up, train, save. Returns the signal that ended it early, or None."""
+    device = choose_device(args)
+    corpus, clips = choose_data(args, checkpoint, device)
+    model, optimizer = build_model(args, device, checkpoint)
+    compiled = torch.compile(model) if args.compile else model
+
+    per_epoch = len(clips) // args.batch
+    done = checkpoint["step"] if checkpoint else 0
+    args.steps = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
+    log_path = start_log(args.out, {**settings, "clips": len(clips), "device": str(device)}, checkpoint)
+    how = f"{device}, {args.precision}{', compiled' if args.compile else ''}"
+    say(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} in an epoch, on {how}")
+
+    interval = 10 if device.type == "cuda" else 1  # steps between log lines, since reading figures waits
+    figures, lines = [], 0
+    begun = logged = saved = time.monotonic()
+    bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0)
+    with stop_signals() as stop, bar, open(log_path, "a") as log:
+        steps = range(done + 1, args.steps + 1)
+        for step, (views, kept) in zip(steps, batches(corpus, clips, done, args, device)):
+            figures.append(train_step(compiled, optimizer, views, kept, args))
             bar.update()
-            if step % every and step < total:
+            if step % interval and step < args.steps:
                 continue
 
-            seen, now = torch.stack(pending).cpu(), time.monotonic()
-            broken = (~seen[:, 0].isfinite()).nonzero()
-            if len(broken):  # before anything is logged or saved
-                at = step - len(pending) + 1 + int(broken[0])
-                raise ValueError(f"the loss of step {at} is not finite: stopped, earlier checkpoints are kept; lower --lr")
-            loss, retrieval = seen.mean(dim=0).tolist()
-            speed = batch * len(pending) / (now - looked)
-            epoch = step / per_epoch
-            shown = f"epoch {epoch:.1f}, loss {loss:.3f}, nearest {retrieval:.1%}, {speed:,.0f} pairs/s"
+            loss, accuracy = mean_figures(figures, step)
+            now = time.monotonic()
+            speed = args.batch * len(figures) / (now - logged)
+            line = {"step": step, "epoch": step / per_epoch, "loss": loss, "retrieval": accuracy}
+            print(json.dumps({**line, "pairs_per_second": speed, "time": time.time()}), file=log, flush=True)
+            shown = f"loss {loss:.3f}, retrieval {accuracy:.1%}, {speed:,.0f} pairs/s"
             bar.set_postfix_str(shown, refresh=False)
-            if rank == 0:
-                line = {"step": step, "epoch": epoch, "loss": loss, "retrieval": retrieval, "pairs_per_second": speed}
-                print(json.dumps({"time": time.time(), **line}), file=log, flush=True)
-            pending, looked, looks = [], now, looks + 1
-            if not estimated and (looks == 3 or (looks > 1 and now - begun > 10)):  # the first steps are slower
-                estimated = True
-                left = (total - step) * batch / speed
-                hint = "; python train.py --demo takes minutes" if left > 3600 and not on_gpu else ""
-                say(f"about {duration(left)} to go at {speed:,.0f} pairs/s{hint}")
+            figures, logged, lines = [], now, lines + 1
+            if lines == 3 or (lines == 1 and now - begun > 10):  # the first steps are slower
+                left = tqdm.format_interval((args.steps - step) * args.batch / speed)
+                say(f"about {left} left (minutes:seconds) at {speed:,.0f} pairs/s")
 
-            if world > 1:  # all stop at the same step, whoever was told to
-                told = torch.tensor(len(stop), device=device)
-                dist.all_reduce(told)
-                stop += [signal.SIGTERM] if told and not stop else []
-            if rank == 0 and (stop or step == total or now - saved > args.save_minutes * 60):
+            share_stop(stop, device)
+            last = step == args.steps or stop
+            if RANK == 0 and (last or now - saved > 60 * args.save_minutes):
                 try:
-                    save()
-                except OSError as error:  # a full disk, say: the checkpoints before are as they were
-                    if stop or step == total:
+                    save_run(args.out, model, optimizer, step, settings, corpus.settings)
+                except OSError as error:
+                    if last:
                         raise
-                    say(f"{error}; training goes on, and tries again in {args.save_minutes:g} minutes")
+                    say(f"{error}; training continues, and saves again in {args.save_minutes:g} minutes")
                 saved = time.monotonic()
             if stop:
                 break
+    if RANK == 0:
+        summarise(args, log_path)
+    return stop[0] if stop else None
 
-    # 6) what became of it
-    say(f"{args.out / 'checkpoint.pt'} holds the model after {step:,} of {total:,} steps")
-    if stop:
-        say(f"Stopped by a signal; to go on: python train.py --resume --out {args.out}")
-        return stop[0]
-    looks = [json.loads(line) for line in log_path.read_text().splitlines()[1:]] if rank == 0 else []
-    if looks:
-        last = looks[-20:]
-        loss, retrieval = (sum(look[key] for look in last) / len(last) for key in ("loss", "retrieval"))
-        others = 2 * batch - 1
-        nothing = math.log(others - args.decoupled)
-        say(f"loss      {looks[0]['loss']:.2f} at the start, {loss:.2f} at the end; knowing nothing costs {nothing:.2f}")
-        if loss > nothing - 0.05:
-            say("          so nothing was learned yet; if it stays so, all vectors have become one: try a smaller --lr")
-        say(f"nearest   {retrieval:.1%} of the views find their partner nearest of {others:,} others; chance: {1 / others:.2%}")
-        say(f"next      python probe.py --task synth-key --checkpoint {args.out / 'checkpoint.pt'}")
+
+def summarise(args, log_path):
+    """Print the result of a run and the next command."""
+    log = [json.loads(line) for line in log_path.read_text().splitlines()[1:]]
+    step = log[-1]["step"] if log else 0
+    path = args.out / "checkpoint.pt"
+    say(f"{path} holds the model after {step:,} of {args.steps:,} steps")
+    if step < args.steps:
+        say(f"Stopped by a signal. To continue: python train.py --resume --out {args.out}")
+        return
+    loss = np.mean([line["loss"] for line in log[-20:]])
+    accuracy = np.mean([line["retrieval"] for line in log[-20:]])
+    others = 2 * args.batch - 1
+    chance = math.log(others - args.decoupled)
+    say(f"loss       {log[0]['loss']:.2f} at the start, {loss:.2f} at the end; chance level: {chance:.2f}")
+    if loss > chance - 0.05:
+        say("           Nothing was learned yet. If it stays so, all vectors have become equal: lower --lr.")
+    say(f"retrieval  {accuracy:.1%} of the views find their partner; chance level: {1 / others:.2%}")
+    say(f"next       python probe.py --task synth-key --checkpoint {path}")
 
 
 def main():
     """The command line."""
     try:
         stopped = train(*read_settings(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command with --resume continues the run.", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for threads and worker processes
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print(f"train.py: the GPU's memory is full ({str(error).splitlines()[0]}): take a smaller --batch", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{type(error)} {error}".lower():
+            raise
+        print("train.py: memory is full: use a smaller --chunk (same result) or --batch", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nInterrupted; the same command with --resume goes on from the last checkpoint.", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for what threads and workers are in the middle of
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(128 + stopped if stopped else 0)

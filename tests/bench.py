@@ -1,12 +1,13 @@
 """How fast, against the obvious way of doing the same work in the same run, and against what the machine can do.
 
-    python tests/bench.py                    all of it, under five minutes on two CPU cores; with a GPU, on that
-    python tests/bench.py step grid          some of it: mel, corpus, pairs, step, ranks, grid, faults, the first words of the lines
+    python tests/bench.py                    all of it, under five minutes on two CPU cores; with a GPU, on
+    that python tests/bench.py step grid          some of it: mel, corpus, pairs, step, ranks, grid, faults,
+    the first words of the lines
 
-A line gives the figure, that of the obvious way, their ratio, and the limit: the operations or bytes that the work needs over
-what this machine does in a plain matrix product or a plain copy, measured first. Every stage does a fixed amount of work, once
-to warm up and then once to three times, the best of which counts; of train.py, the median of a run's steps. Not collected by
-pytest.
+A line gives the figure, that of the obvious way, their ratio, and the limit: the operations or bytes that
+the work needs over what this machine does in a plain matrix product or a plain copy, measured first. Every
+stage does a fixed amount of work, once to warm up and then once to three times, the best of which counts; of
+train.py, the median of a run's steps. Not collected by pytest.
 """
 
 import argparse
@@ -158,7 +159,7 @@ def bench_pairs(flops, copy):
 
         def ours():
             for ids in torch.randperm(len(corpus)).split(512):
-                corpus.pairs(ids, generator).to(DEVICE)
+                corpus.sample_pairs(ids, generator).to(DEVICE)
 
         def obvious():
             for views in loader:
@@ -193,7 +194,7 @@ def obvious_steps(corpus, size, patch, batch):
     generator = torch.Generator().manual_seed(0)
 
     def step():
-        views = corpus.pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
+        views = corpus.sample_pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
             tokens = model.to_patch_embedding[patch](patchify(views, patch).float()) + getattr(model, f"position_{patch}")
             kept = [row[torch.randperm(TOKENS, generator=generator)[:KEPT].to(DEVICE)] for row in tokens]
