@@ -20,7 +20,9 @@ Where this differs from the paper or from the authors' released code:
   first, so that a segment's outermost frames are computed from mirrored sound, not from the sound beside it
 """
 
+import copy
 import io
+import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -183,8 +185,8 @@ class Myna(nn.Module):
         self.transformer = Transformer(dim, depth, heads, hidden)
         self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, config.projection))
 
-    def tokens(self, mel, patch, kept=None):
-        """The encoder's output tokens: (B, 128, 96) -> (B, K, D), for the patches `kept` (B, K) or all."""
+    def tokenize(self, mel, patch, kept=None):
+        """Tokens with their positions: (B, 128, 96) -> (B, K, D), of the patches `kept` (B, K) or of all."""
         if mel.shape[1:] != (MEL_BANDS, FRAMES):
             expected = f"expected segments (B, {MEL_BANDS}, {FRAMES})"
             raise ValueError(f"{expected}, found {tuple(mel.shape)}: data.segments cuts them")
@@ -199,8 +201,11 @@ class Myna(nn.Module):
         patches = patches.float()  # a corpus is float16, in which the squares inside LayerNorm overflow
         if self.config.log_mel:
             patches = patches.log1p()
-        tokens = self.to_patch_embedding[patch](patches) + position  # (B, K, D)
-        return self.transformer(tokens)
+        return self.to_patch_embedding[patch](patches) + position  # (B, K, D)
+
+    def tokens(self, mel, patch, kept=None):
+        """The encoder's output tokens: (B, 128, 96) -> (B, K, D), for the patches `kept` (B, K) or all."""
+        return self.transformer(self.tokenize(mel, patch, kept))
 
     def forward(self, mel, patch, mask_ratio=0.9, kept=None):
         """The vectors that the loss compares, one for each view: (B, 128, 96) -> (B, projection).
@@ -281,6 +286,14 @@ def retrieval_accuracy(z1, z2):
         similarity = (z[own] @ z.T).scatter(1, own[:, None], -torch.inf)
         correct = correct + (similarity.argmax(dim=1) == (own + len(z1)) % len(z)).sum()
     return correct / len(z)
+
+
+def spread(z):
+    """How far vectors differ in direction: (n, d) -> scalar, from 0 (all equal: a collapse) to 1.
+
+    The root of the summed variances of their d numbers, each vector scaled to length 1.
+    """
+    return F.normalize(z.float(), dim=1).var(dim=0, correction=0).sum().sqrt()
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -385,3 +398,345 @@ def _from_released(weights, path, patch):
             name = ".".join(["to_patch_embedding", shapes[tokenizer], str(int(number) - 1), *rest])
         renamed[name] = value
     return Config(size, "hybrid" if hybrid else patch), renamed
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Other objectives: what else can be learned from the same patches (python train.py --objective NAME)
+#
+# Two views (contrast, byol, clustering, barlow, vicreg): both views see 5 of 48 patches, as in Myna. The
+# objectives differ in their head, in their formula, and in whether a teacher (a moving average of the student)
+# makes one side. Formulas and widths are those of arXiv 2404.09177, scaled from its encoder's width 1024 to D.
+#
+# Hidden patches (mae, data2vec, hubert): the encoder sees the visible patches of one segment, and a light
+# decoder predicts something at each hidden one. This is the form of MAE and data2vec 2.0. music2vec and
+# musicHuBERT (arXiv 2307.05161) put mask embeddings into the encoder's sequence instead.
+#
+# An objective has two parts. `forward` holds all weights and treats each row by itself, so that a batch can be
+# divided. `loss` has no weights and compares the outputs of the whole batch.
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Contrast(nn.Module):
+    """Myna's own objective (section 3.1): `info_nce` of the projections of two views. The others inherit from it.
+
+    forward  segments (R, 128, 96) and kept patches (R, K) -> outputs for `loss` (R, ...), vectors for the
+    log (R, d) loss     outputs of both views of the whole batch (2, B, ...) -> scalar; `progress` goes from
+    0 to 1 in the run prepare  is called when a run begins, with some segments of the corpus update   is
+    called after each step, for what is not learned by gradient
+    """
+
+    two_views = True  # whether rows i of both views are a pair
+    mask = 0.9  # default mask ratio
+    patches = (*PATCHES, "hybrid")  # the patch shapes that it can be used with
+
+    def __init__(self, model, settings):
+        super().__init__()
+        self.model, self.settings = model, settings  # the settings of train.py
+        self.dim, self.depth, self.heads, self.hidden = SIZES[model.config.size]
+
+    def prepare(self, mel, generator):
+        pass
+
+    def forward(self, mel, patch, kept):
+        z = self.model(mel, patch, kept=kept)  # (R, projection)
+        return z, z.detach()
+
+    def loss(self, outputs, progress):
+        return info_nce_in_blocks(*outputs, self.settings.temperature, self.settings.decoupled)
+
+    def update(self, progress):
+        pass
+
+
+class Head(nn.Sequential):
+    """Linear layers without biases, with LayerNorm and ReLU after all but the last: (R, a) -> (R, z).
+
+    arXiv 2404.09177 has BatchNorm. LayerNorm keeps rows independent, so that several processes give the
+    result of one; BYOL works without batch statistics too (Richemond et al. 2020).
+    """
+
+    def __init__(self, *widths):
+        layers = []
+        for a, b in zip(widths[:-2], widths[1:-1]):
+            layers += [nn.Linear(a, b, bias=False), nn.LayerNorm(b), nn.ReLU()]
+        super().__init__(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+
+
+def make_teacher(*student):
+    """A copy of the student's modules that receives no gradient."""
+    return copy.deepcopy(nn.ModuleList(student)).requires_grad_(False)
+
+
+@torch.no_grad()
+def move_teacher(teacher, *student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every weight."""
+    for slow, fast in zip(teacher.parameters(), nn.ModuleList(student).parameters()):
+        slow.lerp_(fast, 1 - momentum)
+
+
+class Byol(Contrast):
+    """BYOL (Grill et al. 2020): predict the teacher's vector of the other view. There are no negatives.
+
+        loss = 2 - 2 cos(predictor(student(view 1)), teacher(view 2)), and with the views exchanged
+
+    Without the predictor, one constant vector for all segments is a solution. The teacher, encoder and head,
+    is a moving average of the student; its momentum rises from 0.996 to 1 on a cosine.
+    """
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.head = Head(self.dim, self.dim, self.dim, 2 * self.dim)
+        self.predictor = Head(2 * self.dim, self.dim // 4, 2 * self.dim)
+        self.teacher = make_teacher(model, self.head)
+
+    def forward(self, mel, patch, kept):
+        vectors = lambda model, head: head(model.tokens(mel, patch, kept).mean(dim=1))
+        z = vectors(self.model, self.head)  # (R, 2 D)
+        with torch.no_grad():
+            target = vectors(*self.teacher)
+        return torch.stack([self.predictor(z), target], dim=1), z.detach()  # (R, 2, 2 D)
+
+    def loss(self, outputs, progress):
+        prediction, target = outputs.float().unbind(dim=2)  # (2, B, 2 D) each
+        target = target.detach().flip(0)  # of the other view
+        return (2 - 2 * F.cosine_similarity(prediction, target, dim=-1)).mean()
+
+    def update(self, progress):
+        momentum = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
+        move_teacher(self.teacher, self.model, self.head, momentum=momentum)
+
+
+class Clustering(Byol):
+    """Clustering in DINO's form (Caron et al. 2021): give both views the same soft cluster.
+
+        loss = -sum over clusters of t log s, and with the views exchanged, where
+        s = softmax(student(view 1) / 0.1),  t = softmax((teacher(view 2) - centre) / tau)
+
+    The centre, a moving average of the teacher's outputs, keeps one cluster from taking all; the small tau
+    keeps t from becoming uniform. 4 D clusters. Adapted: tau rises from 0.02 to 0.04 in the first tenth of
+    the run.
+    """
+
+    def __init__(self, model, settings):
+        Contrast.__init__(self, model, settings)
+        self.head = Head(self.dim, self.dim, self.dim, self.dim // 4, 4 * self.dim)
+        self.predictor = nn.Identity()
+        self.teacher = make_teacher(model, self.head)
+        self.register_buffer("centre", torch.zeros(4 * self.dim))
+        self.means = []  # of the teacher's outputs in this step, one for each patch shape
+
+    def loss(self, outputs, progress):
+        student, teacher = outputs.float().unbind(dim=2)  # (2, B, 4 D) each
+        teacher = teacher.detach().flip(0)  # of the other view
+        self.means.append(teacher.mean(dim=(0, 1)))
+        tau = 0.02 + 0.02 * min(1, 10 * progress)
+        target = ((teacher - self.centre) / tau).softmax(dim=-1)
+        return -(target * (student / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
+
+    def update(self, progress):
+        super().update(progress)
+        self.centre.lerp_(torch.stack(self.means).mean(dim=0), 0.1)
+        self.means.clear()
+
+
+def off_diagonal(matrix):
+    """The entries of a square matrix outside its diagonal."""
+    return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)]
+
+
+class Barlow(Contrast):
+    """Barlow Twins (Zbontar et al. 2021): each number the same for both views, and unlike the other numbers.
+
+        C = a^T b / B, with a and b both views' vectors, each number standardised over the batch
+        loss = mean over the diagonal of (1 - C)^2 + mean of C^2 outside the diagonal
+
+    These are means, as in arXiv 2404.09177, not the original's sums, so that its factor 0.005 does not apply.
+    """
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.head = Head(self.dim, self.dim, self.dim, 2 * self.dim)
+
+    def forward(self, mel, patch, kept):
+        z = self.head(self.model.tokens(mel, patch, kept).mean(dim=1))  # (R, 2 D)
+        return z, z.detach()
+
+    def loss(self, outputs, progress):
+        z = outputs.float()
+        z = z - z.mean(dim=1, keepdim=True)
+        a, b = z / (z.square().mean(dim=1, keepdim=True) + 1e-5).sqrt()  # (B, 2 D) each
+        correlation = a.T @ b / len(a)  # (2 D, 2 D)
+        return (1 - correlation.diagonal()).square().mean() + off_diagonal(correlation).square().mean()
+
+
+class Vicreg(Barlow):
+    """VICReg (Bardes et al. 2022): equal vectors for both views, each number spread out and uncorrelated.
+
+        loss = mean (a - b)^2 + mean relu(1 - sqrt(var + 1e-5)) + mean of cov^2 outside the diagonal
+
+    The last two are means over both views. Weights 1, 1, 1 as in arXiv 2404.09177; the original has 25, 25,
+    1.
+    """
+
+    def loss(self, outputs, progress):
+        a, b = outputs.float()  # (B, 2 D) each
+        loss = (a - b).square().mean()
+        for z in (a, b):
+            covariance = z.T.cov()  # (2 D, 2 D)
+            deviation = (covariance.diagonal() + 1e-5).sqrt()
+            loss = loss + F.relu(1 - deviation).mean() / 2 + off_diagonal(covariance).square().mean() / 2
+        return loss
+
+
+class MaskedAutoencoder(Contrast):
+    """MAE (He et al. 2022; section 4.6): predict the hidden patches themselves, by mean squared error.
+
+    In the decoder's input, a learned mask token stands at each hidden patch. It has at most 4 layers.
+    Target: log(1 + power), as in the authors' code; with --target patch the same, normalised in each patch
+    to mean 0 and variance 1, as in MAE's own paper. (The tokenizer's LayerNorm removes a patch's level, so
+    that the level of a hidden patch is hard to predict.) Mask 0.75 is MAE's; the Myna paper does not state
+    its own.
+    """
+
+    two_views, mask = False, 0.75  # both segments of a clip are used, but not compared
+    width = 256  # of a prediction; None: D
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.mask_token = nn.Parameter(torch.randn(self.dim))
+        self.decoder = Transformer(self.dim, min(4, self.depth), self.heads, self.hidden)
+        self.to_prediction = nn.Linear(self.dim, self.width or self.dim)
+
+    def predict(self, mel, patch, kept):
+        """Predictions at all patches (R, N, width), and the encoder's tokens of the kept patches (R, K, D)."""
+        visible = self.model.tokens(mel, patch, kept)
+        hidden = self.mask_token + getattr(self.model, f"position_{patch}")  # (N, D)
+        where = kept[..., None].expand(-1, -1, self.dim)
+        sequence = hidden.expand(len(mel), -1, -1).scatter(1, where, visible.to(hidden.dtype))  # (R, N, D)
+        return self.to_prediction(self.decoder(sequence)), visible
+
+    def error(self, prediction, mel, patch):
+        """How wrong each prediction is: (R, N, width) -> (R, N)."""
+        target = patchify(mel, patch).float().log1p()
+        if self.settings.target == "patch":
+            target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
+        return (prediction - target).square().mean(dim=-1)
+
+    def forward(self, mel, patch, kept):
+        prediction, visible = self.predict(mel, patch, kept)
+        error = self.error(prediction.float(), mel, patch)  # (R, N)
+        hidden = torch.ones_like(error).scatter(1, kept, 0)
+        return (error * hidden).sum(dim=1) / hidden.sum(dim=1), visible.mean(dim=1).detach()
+
+    def loss(self, outputs, progress):
+        return outputs.mean()
+
+
+class Data2vec(MaskedAutoencoder):
+    """data2vec (Baevski et al. 2022; music2vec): predict the teacher's features of the hidden patches.
+
+    The teacher, a moving average of the encoder (momentum from 0.999 to 0.9999), sees all patches. Target:
+    the feed-forward outputs of the top two thirds of its layers (8 of 12), each channel normalised over the
+    segment's patches, averaged over the layers. Error: squared, summed over D, divided by sqrt(D). Mask 0.65
+    as in music2vec.
+    """
+
+    width, mask = None, 0.65
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.teacher = make_teacher(model)
+
+    @torch.no_grad()
+    def targets(self, mel, patch):
+        """The teacher's features of all patches: (R, 128, 96) -> (R, N, D)."""
+        (teacher,) = self.teacher
+        x = teacher.tokenize(mel, patch)
+        features = []
+        for attention, feed_forward in teacher.transformer.layers:
+            x = x + attention(x)
+            added = feed_forward(x)
+            features.append(F.instance_norm(added.float().transpose(1, 2)).transpose(1, 2))
+            x = x + added
+        return torch.stack(features[-(2 * self.depth // 3) :]).mean(dim=0)
+
+    def error(self, prediction, mel, patch):
+        return (prediction - self.targets(mel, patch)).square().sum(dim=-1) / self.dim**0.5
+
+    def update(self, progress):
+        move_teacher(self.teacher, self.model, momentum=0.999 + 0.0009 * progress)
+
+
+class Hubert(MaskedAutoencoder):
+    """HuBERT (Hsu et al. 2021; musicHuBERT): predict the cluster of each hidden moment, by cross-entropy.
+
+    A moment is a vertical patch: two frames. Its cluster is the nearest of --clusters centroids, found by
+    k-means on the MFCC of 20,000 moments of the corpus. Score of a cluster: the cosine of the prediction and
+    the cluster's learned embedding, over 0.1. Mask 0.65 as in musicHuBERT.
+    """
+
+    width, mask, patches = 256, 0.65, ("vertical",)
+
+    def __init__(self, model, settings):
+        super().__init__(model, settings)
+        self.embedding = nn.Parameter(torch.randn(settings.clusters, self.width))
+        self.register_buffer("centroids", torch.zeros(settings.clusters, 39))
+        self.register_buffer("scale", torch.ones(39))  # standard deviation of each MFCC value
+
+    def prepare(self, mel, generator):
+        moments = mfcc_moments(mel.cpu()).flatten(0, 1)  # (R * N, 39)
+        moments = moments[torch.randperm(len(moments), generator=generator)[:20_000]]
+        self.scale.copy_(moments.std(dim=0).clamp(min=1e-6))
+        self.centroids.copy_(k_means(moments / self.scale.cpu(), len(self.centroids), generator))
+
+    def clusters(self, mel):
+        """The cluster of each moment: (R, 128, 96) -> (R, 48) long."""
+        return torch.cdist(mfcc_moments(mel) / self.scale, self.centroids).argmin(dim=-1)
+
+    def error(self, prediction, mel, patch):
+        scores = F.normalize(prediction, dim=-1) @ F.normalize(self.embedding, dim=-1).T / 0.1
+        return F.cross_entropy(scores.transpose(1, 2), self.clusters(mel), reduction="none")
+
+
+def mfcc_moments(mel):
+    """39 MFCC values of each moment of two frames: mel power (R, 128, 96) -> (R, 48, 39).
+
+    13 cepstral coefficients (orthonormal DCT-II of log power), and their first and second differences.
+    """
+    k = torch.arange(13.0, device=mel.device)[:, None]
+    n = torch.arange(MEL_BANDS, device=mel.device)
+    dct = torch.cos(torch.pi / MEL_BANDS * (n + 0.5) * k) * (2 / MEL_BANDS) ** 0.5  # (13, 128)
+    dct[0] /= 2**0.5
+    mfcc = dct @ mel.float().clamp(min=1e-6).log()  # (R, 13, 96)
+    first = mfcc.diff(prepend=mfcc[..., :1])
+    second = first.diff(prepend=first[..., :1])
+    frames = torch.cat([mfcc, first, second], dim=1)  # (R, 39, 96)
+    return frames.unflatten(2, (-1, 2)).mean(dim=3).transpose(1, 2)
+
+
+def k_means(points, k, generator, iterations=50):
+    """Centroids (k, d) of points (n, d): Lloyd's algorithm from a k-means++ start (Arthur, Vassilvitskii 2007)."""
+    centroids = points[:1]
+    distance = torch.full((len(points),), torch.inf)
+    for _ in range(k - 1):  # the next one is a point, drawn in proportion to its squared distance
+        distance = torch.minimum(distance, (points - centroids[-1]).square().sum(dim=1))
+        drawn = torch.multinomial(distance + 1e-12, 1, generator=generator)
+        centroids = torch.cat([centroids, points[drawn]])
+    for _ in range(iterations):
+        nearest = torch.cdist(points, centroids).argmin(dim=1)
+        count = torch.bincount(nearest, minlength=k)[:, None]
+        total = torch.zeros_like(centroids).index_add_(0, nearest, points)
+        centroids = torch.where(count > 0, total / count.clamp(min=1), centroids)  # an empty cluster stays
+    return centroids
+
+
+OBJECTIVES = {
+    "contrast": Contrast,
+    "byol": Byol,
+    "clustering": Clustering,
+    "barlow": Barlow,
+    "vicreg": Vicreg,
+    "mae": MaskedAutoencoder,
+    "data2vec": Data2vec,
+    "hubert": Hubert,
+}

@@ -6,11 +6,11 @@ Input: a corpus (data.py) or a folder of music. Output: runs/NAME/checkpoint.pt 
     python train.py --patch vertical --batch 4096                 the paper's recipe, on what --data names
     python train.py --data corpora/mine --out runs/mine --resume  continue a run, or start it
     torchrun --nproc-per-node 4 train.py --data corpora/mine      one batch, shared by four GPUs
+    python train.py --objective byol                              another objective (the end of model.py)
 
 One step: draw a batch of clips, two segments of each clip, and the 5 of 48 patches to keep of each segment;
 encode; InfoNCE; Adam. All random numbers of a step are drawn from (seed, step). So a run that was killed and
-resumed gives the same weights as one that was not, and processes that share a batch draw the same batch
-without exchanging it.
+resumed gives the same weights as one that was not, and processes that share a batch draw the same one.
 """
 
 import argparse
@@ -33,8 +33,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from data import HOP, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, report
-from model import N_TOKENS, PATCHES, SIZES, Config, Myna
-from model import info_nce_in_blocks, keep_tokens, read_checkpoint, retrieval_accuracy, save_model
+from model import N_TOKENS, OBJECTIVES, PATCHES, SIZES, Config, Myna
+from model import keep_tokens, read_checkpoint, retrieval_accuracy, save_model, spread
 
 RANK = int(os.environ.get("RANK", 0))  # of this process, and the number of processes: torchrun sets both
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
@@ -46,6 +46,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}
 NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device", "compile", "chunk")
 MAY_CHANGE = ("steps", "data")  # stored, but a resumed run may be longer, and its corpus may have moved
+SMALLEST_SPREAD = 0.05  # standard deviation of the vectors, below which a collapse is reported
 
 
 def command_line():
@@ -57,10 +58,13 @@ def command_line():
     add("--minutes", type=float, help="use only so much of the corpus (subsets are nested)")
     add("--patch", choices=[*PATCHES, "hybrid"], default="hybrid", help="16x16, 128x2, or both (default)")
     add("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
+    add("--objective", choices=list(OBJECTIVES), default="contrast", help="(default: contrast)")
+    add("--target", choices=["log", "patch"], default="log", help="of mae: log power, normalised or not")
+    add("--clusters", type=int, default=100, help="of hubert (default: %(default)s)")
     add("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
     add("--batch", type=int, default=4096, help="pairs in a step, over all processes (default: %(default)s)")
     add("--chunk", type=int, help="pairs encoded at once: same result, less memory (default: all; CPU: 256)")
-    add("--mask", type=float, default=0.9, help="share of the patches that is dropped (default: %(default)s)")
+    add("--mask", type=float, help="share of patches dropped (default: 0.9; mae 0.75; data2vec, hubert 0.65)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--epochs", type=int, help="passes over the corpus (default: 500)")
     length.add_argument("--steps", type=int, help="or a number of steps")
@@ -96,23 +100,39 @@ def read_settings(argv):
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         for name, value in stored.items():
-            if name not in MAY_CHANGE and getattr(args, name) != value:
-                option = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{out} can only continue with its own settings: its {option} is {value}")
+            if name not in MAY_CHANGE and getattr(args, name, value) != value:
+                raise ValueError(f"{out} continues with its own settings only: its {option(name)} is {value}")
     elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
         raise ValueError(f"{out} holds a run: continue it with --resume, or name another folder with --out")
-
     args.out = out
-    for name in ("batch", "chunk", "epochs", "steps", "lr", "temperature", "minutes", "save_minutes"):
+    if args.mask is None:
+        args.mask = OBJECTIVES[args.objective].mask
+    check_settings(args)
+    return args, checkpoint
+
+
+def option(name):
+    """The option of a setting: "save_minutes" -> "--save-minutes"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_settings(args):
+    """Raise ValueError for settings that make no sense."""
+    positive = "batch chunk epochs steps lr temperature minutes save_minutes clusters"
+    for name in positive.split():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
+            raise ValueError(f"{option(name)} {value}: it must be above zero")
     if args.batch < 2:
-        raise ValueError("--batch 1: the contrastive loss needs at least two pairs")
+        raise ValueError("--batch 1: a batch needs at least two pairs")
     if args.seed < 0 or not 0 <= args.weight_decay < math.inf:
         raise ValueError("--seed and --weight-decay must not be negative")
+    objective = OBJECTIVES[args.objective]
+    if args.patch not in objective.patches:
+        raise ValueError(f"--objective {args.objective} takes --patch {' or '.join(objective.patches)}")
+    if args.mask == 0 and not objective.two_views:
+        raise ValueError(f"--mask 0: --objective {args.objective} needs hidden patches")
     keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
-    return args, checkpoint
 
 
 def newest_checkpoint(out):
@@ -122,11 +142,12 @@ def newest_checkpoint(out):
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
-            if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
-                raise ValueError(f"{path}: a model, but not a checkpoint of train.py that can be continued")
-            return {**checkpoint, "path": path}
         except ValueError as error:
             print(f"{error}; trying the previous checkpoint", file=sys.stderr)
+            continue
+        if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
+            raise ValueError(f"{path}: a model, but not a checkpoint of train.py that can be continued")
+        return {**checkpoint, "path": path}
     if paths:
         raise ValueError(f"{out}: no checkpoint can be read, so the run cannot continue; name another --out")
 
@@ -255,7 +276,7 @@ def gather(z):
     return torch.cat(parts, dim=1)
 
 
-def backward(model, views, patch, kept, weight, args):
+def backward(objective, views, patch, kept, weight, progress, args):
     """Add the gradient of `weight` times one patch shape's loss to the weights' gradients.
 
     The loss compares all vectors of the batch, so there are three stages:
@@ -264,53 +285,57 @@ def backward(model, views, patch, kept, weight, args):
     3. Backpropagate that gradient through the encoder, chunk by chunk.
     If there are several chunks, stage 1 stores nothing for the backward pass and stage 3 encodes each chunk
     again (gradient caching; Gao et al. 2021): the same gradient, in the memory of one chunk.
-    Returns the loss and the retrieval accuracy, (2,).
+    Returns (3,): the loss, the spread of the vectors, and their retrieval accuracy (nan without two views).
     """
 
     def encode(rows):
-        with torch.autocast(views.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            z = model(views[:, rows].flatten(0, 1), patch, kept=kept[:, rows].flatten(0, 1))
-        return z.unflatten(0, (2, -1))  # (2, pairs, projection)
+        mel, tokens = views[:, rows].flatten(0, 1), kept[:, rows].flatten(0, 1)
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            outputs, vectors = objective(mel, patch, tokens)
+        return outputs.unflatten(0, (2, -1)), vectors.unflatten(0, (2, -1))  # (2, pairs, ...) each
 
     chunks = [slice(first, first + args.chunk) for first in range(0, views.shape[1], args.chunk)]
     with torch.set_grad_enabled(len(chunks) == 1):
-        z = torch.cat([encode(rows) for rows in chunks], dim=1)  # (2, b, projection)
+        outputs, vectors = zip(*[encode(rows) for rows in chunks])
+        outputs, vectors = torch.cat(outputs, dim=1), torch.cat(vectors, dim=1)  # (2, b, ...) each
 
-    own = z.detach().requires_grad_()
-    z1, z2 = gather(own)  # (B, projection) each
-    loss = info_nce_in_blocks(z1, z2, args.temperature, args.decoupled)
+    own = outputs.detach().requires_grad_()
+    loss = objective.loss(gather(own), progress)
     (gradient,) = torch.autograd.grad(weight * loss, own)
 
     if len(chunks) == 1:
-        z.backward(gradient)
+        outputs.backward(gradient)
     else:
         for rows in chunks:
-            encode(rows).backward(gradient[:, rows])
-    return torch.stack([loss.detach(), retrieval_accuracy(z1, z2)])
+            encode(rows)[0].backward(gradient[:, rows])
+    vectors = gather(vectors)  # (2, B, d)
+    accuracy = retrieval_accuracy(*vectors) if objective.two_views else torch.tensor(torch.nan)
+    return torch.stack([loss.detach(), spread(vectors.flatten(0, 1)), accuracy.to(loss.device)])
 
 
-def sum_gradients(model):
+def sum_gradients(parameters):
     """Sum the gradients of all processes. Each has differentiated the whole loss by its own vectors only."""
-    gradients = [parameter.grad for parameter in model.parameters()]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, total in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
         gradient.copy_(total.view_as(gradient))
 
 
-def train_step(model, optimizer, views, kept, args):
-    """One update of the weights. Returns the loss and the retrieval accuracy, (2,), on the device.
+def train_step(objective, optimizer, views, kept, progress, args):
+    """One update of the weights. Returns loss, spread and retrieval accuracy, (3,), on the device.
 
-    Hybrid: the mean of both patch shapes' losses for the same segments (section 3.5). The shapes are
-    computed one after the other, so that memory is that of one.
+    Hybrid: the mean of both patch shapes' losses for the same segments (section 3.5). The shapes are computed
+    one after the other, so that memory is that of one.
     """
     optimizer.zero_grad()
     figures = []
     for patch, tokens in kept.items():
-        figures.append(backward(model, views, patch, tokens, 1 / len(kept), args))
+        figures.append(backward(objective, views, patch, tokens, 1 / len(kept), progress, args))
     if dist.is_initialized():
-        sum_gradients(model)
+        sum_gradients(objective.parameters())
     optimizer.step()
+    objective.update(progress)
     return torch.stack(figures).mean(dim=0)
 
 
@@ -346,15 +371,15 @@ def choose_device(args):
     if args.precision is None:
         args.precision = "bf16" if on_gpu and torch.cuda.is_bf16_supported(False) else "float32"
     if args.compile is None:
-        args.compile = on_gpu and compile_works(device)
-    elif args.compile and not compile_works(device):
+        args.compile = on_gpu
+    if args.compile and not compile_works(device):
         needs = "a C++ compiler, Python's headers and, for a GPU, Triton"
-        raise ValueError(f"--compile: torch.compile does not work here; it needs {needs}")
+        raise ValueError(f"torch.compile does not work here (it needs {needs}): use --no-compile")
 
     if WORLD > 1 and not dist.is_initialized():
+        backend, to_device = ("nccl", device) if on_gpu else ("gloo", None)
         a_day = datetime.timedelta(days=1)  # the others wait while process 0 builds a corpus
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=a_day, device_id=device if on_gpu else
-        None)
+        dist.init_process_group(backend, timeout=a_day, device_id=to_device)
     return device
 
 
@@ -367,17 +392,25 @@ def compile_works(device):
         return False
 
 
-def build_model(args, device, checkpoint):
-    """The model and Adam: new, or as they are in the checkpoint."""
+def build_objective(args, corpus, device, checkpoint):
+    """The objective, which holds the model, and Adam: new, or as they are in the checkpoint."""
     torch.manual_seed(args.seed)
-    model = Myna(Config(args.size, args.patch, log_mel=args.log_mel)).to(device)
+    model = Myna(Config(args.size, args.patch, log_mel=args.log_mel))
+    objective = OBJECTIVES[args.objective](model, args).to(device)
+    learned = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     fused = device.type == "cuda"
-    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=fused)
+    optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay, fused=fused)
     if checkpoint:
         model.load_state_dict(checkpoint["model"])
+        objective.load_state_dict(checkpoint["objective"], strict=False)  # all but the model
         groups = optimizer.state_dict()["param_groups"]  # lr and the like: set above, for this device
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
-    return model, optimizer
+    else:
+        ids = torch.linspace(0, len(corpus) - 1, 512).long()
+        generator = torch.Generator(corpus.mel.device).manual_seed(args.seed)
+        segments = corpus.sample_pairs(ids, generator).flatten(0, 1)
+        objective.prepare(segments, torch.Generator().manual_seed(args.seed))
+    return objective, optimizer
 
 
 def start_log(out, settings, checkpoint):
@@ -399,19 +432,18 @@ def start_log(out, settings, checkpoint):
     return path
 
 
-def save_run(out, model, optimizer, step, settings, corpus):
+def save_run(out, objective, optimizer, step, settings, corpus):
     """Write checkpoint.pt, and keep its predecessor as checkpoint_previous.pt.
 
     The older predecessor is removed first, so that the disk holds two checkpoints at most. Raises ValueError
-    when a weight is not finite, and OSError when the file cannot be written; checkpoint.pt is then
-    unchanged.
+    when a weight is not finite, and OSError when the file cannot be written; checkpoint.pt is then unchanged.
     """
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    if not all(parameter.isfinite().all() for parameter in objective.parameters()):
         raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; lower --lr")
     newest, new, previous = out / "checkpoint.pt", out / "checkpoint_new.pt", out / "checkpoint_previous.pt"
     previous.unlink(missing_ok=True)
-    state = optimizer.state_dict()
-    save_model(model, new, optimizer=state, step=step, settings=settings, corpus=corpus)
+    state = {"optimizer": optimizer.state_dict(), "objective": own_state(objective), "step": step}
+    save_model(objective.model, new, **state, settings=settings, corpus=corpus)
     if newest.exists():
         os.replace(newest, previous)
     os.replace(new, newest)
@@ -436,6 +468,11 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def own_state(objective):
+    """What an objective holds beside the model: heads, teacher, centre, centroids."""
+    return {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
+
+
 def share_stop(stop, device):
     """Add a signal to `stop` when any process has received one, so that all stop after the same step."""
     if dist.is_initialized():
@@ -445,60 +482,66 @@ def share_stop(stop, device):
             stop.append(signal.SIGTERM)
 
 
-def mean_figures(figures, step):
-    """Mean loss and retrieval accuracy of the last steps. ValueError when a loss is not finite."""
-    figures = torch.stack(figures).cpu()  # (steps, 2); waits for a GPU
+def log_line(figures, step, per_epoch, speed):
+    """One line of log.jsonl: means over the last steps. ValueError when a loss is not finite."""
+    figures = torch.stack(figures).cpu()  # (steps, 3); waits for a GPU
     broken = (~figures[:, 0].isfinite()).nonzero()
     if len(broken):
         first = step - len(figures) + 1 + int(broken[0])
         raise ValueError(f"the loss of step {first} is not finite: stopped, nothing saved; lower --lr")
-    return figures.mean(dim=0).tolist()
+    loss, std, accuracy = figures.mean(dim=0).tolist()
+    retrieval = None if math.isnan(accuracy) else accuracy
+    line = {"step": step, "epoch": step / per_epoch, "loss": loss, "std": std, "retrieval": retrieval}
+    return {**line, "pairs_per_second": speed, "time": time.time()}
 
 
 def train(args, checkpoint=None):
     """The whole run: set up, train, save. Returns the signal that ended it early, or None."""
     device = choose_device(args)
     corpus, clips = choose_data(args, checkpoint, device)
-    model, optimizer = build_model(args, device, checkpoint)
-    compiled = torch.compile(model) if args.compile else model
+    objective, optimizer = build_objective(args, corpus, device, checkpoint)
+    if args.compile:
+        objective.compile()
 
     per_epoch = len(clips) // args.batch
     done = checkpoint["step"] if checkpoint else 0
     args.steps = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
     settings = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
+    planned = checkpoint["settings"]["planned_steps"] if checkpoint else args.steps  # the length of schedules
+    settings["planned_steps"] = planned
     log_path = start_log(args.out, {**settings, "clips": len(clips), "device": str(device)}, checkpoint)
-    how = f"{device}, {args.precision}{', compiled' if args.compile else ''}"
-    say(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} in an epoch, on {how}")
+    say(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} in an epoch, on {device}")
+    if args.steps > planned and args.objective != "contrast":
+        say(f"Schedules end at step {planned:,}, as planned when the run began.")
 
-    interval = 10 if device.type == "cuda" else 1  # steps between log lines, since reading figures waits
+    interval = 10 if device.type == "cuda" else 1  # steps between log lines: reading the figures waits
     figures, lines = [], 0
     begun = logged = saved = time.monotonic()
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0)
     with stop_signals() as stop, bar, open(log_path, "a") as log:
         steps = range(done + 1, args.steps + 1)
         for step, (views, kept) in zip(steps, batches(corpus, clips, done, args, device)):
-            figures.append(train_step(compiled, optimizer, views, kept, args))
+            progress = min(1, step / planned)
+            figures.append(train_step(objective, optimizer, views, kept, progress, args))
             bar.update()
             if step % interval and step < args.steps:
                 continue
 
-            loss, accuracy = mean_figures(figures, step)
             now = time.monotonic()
-            speed = args.batch * len(figures) / (now - logged)
-            line = {"step": step, "epoch": step / per_epoch, "loss": loss, "retrieval": accuracy}
-            print(json.dumps({**line, "pairs_per_second": speed, "time": time.time()}), file=log, flush=True)
-            shown = f"loss {loss:.3f}, retrieval {accuracy:.1%}, {speed:,.0f} pairs/s"
+            line = log_line(figures, step, per_epoch, args.batch * len(figures) / (now - logged))
+            print(json.dumps(line), file=log, flush=True)
+            shown = f"loss {line['loss']:.3f}, std {line['std']:.2f}, {line['pairs_per_second']:,.0f} pairs/s"
             bar.set_postfix_str(shown, refresh=False)
             figures, logged, lines = [], now, lines + 1
             if lines == 3 or (lines == 1 and now - begun > 10):  # the first steps are slower
-                left = tqdm.format_interval((args.steps - step) * args.batch / speed)
-                say(f"about {left} left (minutes:seconds) at {speed:,.0f} pairs/s")
+                left = tqdm.format_interval((args.steps - step) * args.batch / line["pairs_per_second"])
+                say(f"about {left} left ({line['pairs_per_second']:,.0f} pairs/s)")
 
             share_stop(stop, device)
             last = step == args.steps or stop
             if RANK == 0 and (last or now - saved > 60 * args.save_minutes):
                 try:
-                    save_run(args.out, model, optimizer, step, settings, corpus.settings)
+                    save_run(args.out, objective, optimizer, step, settings, corpus.settings)
                 except OSError as error:
                     if last:
                         raise
@@ -520,14 +563,17 @@ def summarise(args, log_path):
     if step < args.steps:
         say(f"Stopped by a signal. To continue: python train.py --resume --out {args.out}")
         return
-    loss = np.mean([line["loss"] for line in log[-20:]])
-    accuracy = np.mean([line["retrieval"] for line in log[-20:]])
+    last = log[-20:]
+    loss, std = (np.mean([line[name] for line in last]) for name in ("loss", "std"))
     others = 2 * args.batch - 1
-    chance = math.log(others - args.decoupled)
-    say(f"loss       {log[0]['loss']:.2f} at the start, {loss:.2f} at the end; chance level: {chance:.2f}")
-    if loss > chance - 0.05:
-        say("           Nothing was learned yet. If it stays so, all vectors have become equal: lower --lr.")
-    say(f"retrieval  {accuracy:.1%} of the views find their partner; chance level: {1 / others:.2%}")
+    say(f"loss       {log[0]['loss']:.2f} at the start, {loss:.2f} at the end")
+    if args.objective == "contrast":
+        say(f"           chance level: {math.log(others - args.decoupled):.2f}")
+    if std < SMALLEST_SPREAD:
+        say(f"collapse   all vectors are nearly equal (standard deviation {std:.3f}): use a smaller --lr")
+    if log[0]["retrieval"] is not None:
+        accuracy = np.mean([line["retrieval"] for line in last])
+        say(f"retrieval  {accuracy:.1%} of the views find their partner; chance level: {1 / others:.2%}")
     say(f"next       python probe.py --task synth-key --checkpoint {path}")
 
 

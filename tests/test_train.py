@@ -18,7 +18,7 @@ import torch
 
 import data
 import train
-from model import Config, Myna, info_nce, load_model, save_model
+from model import Config, Contrast, Myna, info_nce, load_model, save_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--size", "tiny", "--batch", "16", "--steps", "12", "--lr", "1e-3"]
@@ -133,7 +133,7 @@ def step_of(folder, chunk, patch="hybrid"):
     rows = []
     model.transformer.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    figures = train.train_step(model, optimizer, views, kept, args)
+    figures = train.train_step(Contrast(model, args), optimizer, views, kept, 0.5, args)
     return figures, {name: p.grad.double() for name, p in model.named_parameters()}, max(rows)
 
 
@@ -301,6 +301,7 @@ def test_a_full_disk_keeps_the_checkpoint_that_is_there(folder):
 
 def test_two_checkpoints_at_most_are_on_the_disk(tmp_path, monkeypatch):
     model = Myna(Config("tiny", "square"))
+    objective = Contrast(model, train.command_line().parse_args([]))
     optimizer = torch.optim.Adam(model.parameters())
     others = []  # names of the checkpoints that are there while one is written
 
@@ -310,7 +311,7 @@ def test_two_checkpoints_at_most_are_on_the_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "save_model", write)
     for step in (1, 2, 3):
-        train.save_run(tmp_path, model, optimizer, step, {}, {})
+        train.save_run(tmp_path, objective, optimizer, step, {}, {})
     assert others == [[], ["checkpoint.pt"], ["checkpoint.pt"]]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint_previous.pt"]
     steps = [torch.load(path, weights_only=True)["step"] for path in sorted(tmp_path.iterdir())]
