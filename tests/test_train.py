@@ -89,6 +89,7 @@ def test_a_run_leaves_a_model_and_a_log_and_says_so(folder):
 def test_the_first_steps_are_the_algorithm(folder):
     """Two steps of Algorithm 1, written out with Adam's formula, give the script's losses and weights."""
     settings = ["--size", "tiny", "--batch", 16, "--steps", 2, "--lr", 1e-3, "--weight-decay", 0.1]
+    settings += ["--mask", 0.9]
     assert run(folder, "--data", "corpora/small", "--out", "runs/two", *settings).returncode == 0
     torch.manual_seed(0)
     model = Myna(Config("tiny", "hybrid"))
@@ -123,7 +124,7 @@ def test_the_first_steps_are_the_algorithm(folder):
 
 def step_of(folder, chunk, patch="hybrid"):
     """A train_step on 16 pairs: its figures, the gradients, and the most segments encoded at once."""
-    settings = ["--size", "tiny", "--batch", "16", "--patch", patch, "--chunk", str(chunk)]
+    settings = ["--size", "tiny", "--batch", "16", "--patch", patch, "--chunk", str(chunk), "--mask", "0.9"]
     args = train.command_line().parse_args(settings)
     args.precision = "float32"
     corpus = data.Corpus(folder / "corpora/small")
@@ -151,7 +152,7 @@ def test_a_batch_in_chunks_gives_the_gradient_of_the_whole_batch(folder, chunk):
 def test_every_clip_once_an_epoch_and_new_segments_each_time(folder):
     corpus = data.Corpus(folder / "corpora/small")
     clips = train.choose_clips(corpus, None, 0)
-    args = train.command_line().parse_args(["--seed", "4", "--batch", "10"])
+    args = train.command_line().parse_args(["--seed", "4", "--batch", "10", "--mask", "0.9"])
     asked = []
     corpus.sample_pairs = lambda ids, *rest: asked.append(ids) or torch.zeros(2, 1)
     for step in range(8):
