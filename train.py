@@ -96,12 +96,14 @@ def read_settings(argv):
 
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
-        stored = checkpoint["settings"]
+        stored = checkpoint.get("settings", {})
+        if "objective" not in stored:
+            raise ValueError(f"{checkpoint['path']}: a model, but not a run that train.py can continue")
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         for name, value in stored.items():
             if name not in MAY_CHANGE and getattr(args, name, value) != value:
-                raise ValueError(f"{out} continues with its own settings only: its {option(name)} is {value}")
+                raise ValueError(f"{out} continues with its own settings only: its --{name} is {value}")
     elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
         raise ValueError(f"{out} holds a run: continue it with --resume, or name another folder with --out")
     args.out = out
@@ -111,44 +113,35 @@ def read_settings(argv):
     return args, checkpoint
 
 
-def option(name):
-    """The option of a setting: "save_minutes" -> "--save-minutes"."""
-    return f"--{name.replace('_', '-')}"
-
-
 def check_settings(args):
     """Raise ValueError for settings that make no sense."""
-    positive = "batch chunk epochs steps lr temperature minutes save_minutes clusters"
-    for name in positive.split():
+    for name in "batch chunk epochs steps lr temperature minutes save_minutes clusters".split():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{option(name)} {value}: it must be above zero")
+            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
     if args.batch < 2:
         raise ValueError("--batch 1: a batch needs at least two pairs")
     if args.seed < 0 or not 0 <= args.weight_decay < math.inf:
         raise ValueError("--seed and --weight-decay must not be negative")
+    keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
     objective = OBJECTIVES[args.objective]
     if args.patch not in objective.patches:
         raise ValueError(f"--objective {args.objective} takes --patch {' or '.join(objective.patches)}")
     if args.mask == 0 and not objective.two_views:
         raise ValueError(f"--mask 0: --objective {args.objective} needs hidden patches")
-    keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
 
 
 def newest_checkpoint(out):
     """The newest undamaged checkpoint in a run's folder; None when none was written yet."""
-    names = ("checkpoint.pt", "checkpoint_new.pt", "checkpoint_previous.pt")
-    paths = [out / name for name in names if (out / name).exists()]
-    for path in paths:
-        try:
-            checkpoint = read_checkpoint(path)
-        except ValueError as error:
-            print(f"{error}; trying the previous checkpoint", file=sys.stderr)
-            continue
-        if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
-            raise ValueError(f"{path}: a model, but not a checkpoint of train.py that can be continued")
-        return {**checkpoint, "path": path}
-    if paths:
+    damaged = None
+    for name in ("checkpoint.pt", "checkpoint_new.pt", "checkpoint_previous.pt"):
+        if (out / name).exists():
+            try:
+                return {**read_checkpoint(out / name), "path": out / name}
+            except ValueError as error:
+                damaged = error
+                print(f"{error}; trying the previous checkpoint", file=sys.stderr)
+    if damaged:
         raise ValueError(f"{out}: no checkpoint can be read, so the run cannot continue; name another --out")
 
 
@@ -176,44 +169,36 @@ def open_corpus(args):
     return Corpus(path)
 
 
-def choose_clips(corpus, minutes, seed):
-    """Ids of the clips to train on, in an order that depends on the seed alone: all, or `minutes` of them."""
-    order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(seed))
-    if minutes is None:
-        return order
-    ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60  # minutes of sound up to each clip
-    if minutes > ends[-1]:
-        say(f"--minutes {minutes:g}: the corpus has {ends[-1]:.0f}, all of them are used")
-    chosen = order[: int((ends <= minutes).sum())]
-    if len(chosen) < 2:
-        raise ValueError(f"--minutes {minutes:g}: that is {len(chosen)} clips; a batch needs at least two")
-    return chosen
+def choose_clips(corpus, args):
+    """Ids of the clips to train on, in an order that depends on the seed alone: all, or --minutes of them.
 
-
-def fit_batch(args, corpus, clips):
-    """Reduce --batch to what --minutes holds. ValueError when it does not fit the corpus or the processes."""
-    if args.batch > len(clips):
-        if args.minutes is None:
-            found = f"{corpus.path} holds {len(clips)} clips"
-            raise ValueError(f"a batch of {args.batch}, but {found}: use --batch {len(clips)} or less")
-        smaller = len(clips) // WORLD * WORLD
-        say(f"--minutes {args.minutes:g}: {len(clips)} clips, so that --batch is {smaller}, not {args.batch}")
-        args.batch = smaller
+    Reduces --batch to what --minutes holds. Raises ValueError when the corpus is smaller than a batch.
+    """
+    order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(args.seed))
+    if args.minutes is not None:
+        ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60  # in minutes
+        order = order[ends <= args.minutes]
+        if len(order) < args.batch:
+            smaller = len(order) // WORLD * WORLD
+            say(f"--minutes {args.minutes:g}: {len(order)} clips, so --batch is {smaller}, not {args.batch}")
+            args.batch = smaller
+    if len(order) < max(2, args.batch):
+        raise ValueError(f"--batch {args.batch}, but there are {len(order)} clips: use a smaller --batch")
     if args.batch % WORLD:
         raise ValueError(f"a batch of {args.batch} cannot be shared evenly by {WORLD} processes")
+    return order
 
 
 def choose_data(args, checkpoint, device):
-    """The corpus and the ids of its clips to train on; on the GPU when it takes less than half of its memory.
+    """The corpus and the clips to train on; on the GPU when they take less than half of its memory.
 
-    Raises ValueError when the batch does not fit, or when the checkpoint was trained on another corpus.
+    Raises ValueError when the checkpoint was trained on another corpus.
     """
     corpus = open_corpus(args)
     if checkpoint and checkpoint["corpus"] != corpus.settings:
         source = checkpoint["corpus"]["source"]
         raise ValueError(f"{args.out} was trained on another corpus than {corpus.path}: on {source}")
-    clips = choose_clips(corpus, args.minutes, args.seed)
-    fit_batch(args, corpus, clips)
+    clips = choose_clips(corpus, args)
     if device.type == "cuda" and 2 * corpus.mel.nbytes < torch.cuda.mem_get_info(device)[1]:
         return corpus.to(device), clips.to(device)
     return corpus, clips
@@ -401,8 +386,7 @@ def build_objective(args, corpus, device, checkpoint):
     fused = device.type == "cuda"
     optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay, fused=fused)
     if checkpoint:
-        model.load_state_dict(checkpoint["model"])
-        objective.load_state_dict(checkpoint["objective"], strict=False)  # all but the model
+        objective.load_state_dict(checkpoint["objective"])
         groups = optimizer.state_dict()["param_groups"]  # lr and the like: set above, for this device
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     else:
@@ -442,7 +426,7 @@ def save_run(out, objective, optimizer, step, settings, corpus):
         raise ValueError(f"the weights after step {step} are not finite: stopped, nothing saved; lower --lr")
     newest, new, previous = out / "checkpoint.pt", out / "checkpoint_new.pt", out / "checkpoint_previous.pt"
     previous.unlink(missing_ok=True)
-    state = {"optimizer": optimizer.state_dict(), "objective": own_state(objective), "step": step}
+    state = {"optimizer": optimizer.state_dict(), "objective": objective.state_dict(), "step": step}
     save_model(objective.model, new, **state, settings=settings, corpus=corpus)
     if newest.exists():
         os.replace(newest, previous)
@@ -466,11 +450,6 @@ def stop_signals():
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-
-
-def own_state(objective):
-    """What an objective holds beside the model: heads, teacher, centre, centroids."""
-    return {name: value for name, value in objective.state_dict().items() if not name.startswith("model.")}
 
 
 def share_stop(stop, device):

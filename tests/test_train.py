@@ -96,7 +96,7 @@ def test_the_first_steps_are_the_algorithm(folder):
     initial = {name: p.detach().clone() for name, p in model.named_parameters()}
     args = train.command_line().parse_args(list(map(str, settings)))
     corpus = data.Corpus(folder / "corpora/small")
-    clips = train.choose_clips(corpus, None, 0)
+    clips = train.choose_clips(corpus, args)
     means = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in model.named_parameters()}
     for step in range(2):
         views, kept = train.draw_batch(corpus, clips, step, args)
@@ -128,7 +128,7 @@ def step_of(folder, chunk, patch="hybrid"):
     args = train.command_line().parse_args(settings)
     args.precision = "float32"
     corpus = data.Corpus(folder / "corpora/small")
-    views, kept = train.draw_batch(corpus, train.choose_clips(corpus, None, 0), 0, args)
+    views, kept = train.draw_batch(corpus, train.choose_clips(corpus, args), 0, args)
     torch.manual_seed(0)
     model = Myna(Config("tiny", patch))
     rows = []
@@ -151,8 +151,8 @@ def test_a_batch_in_chunks_gives_the_gradient_of_the_whole_batch(folder, chunk):
 
 def test_every_clip_once_an_epoch_and_new_segments_each_time(folder):
     corpus = data.Corpus(folder / "corpora/small")
-    clips = train.choose_clips(corpus, None, 0)
     args = train.command_line().parse_args(["--seed", "4", "--batch", "10", "--mask", "0.9"])
+    clips = train.choose_clips(corpus, args)
     asked = []
     corpus.sample_pairs = lambda ids, *rest: asked.append(ids) or torch.zeros(2, 1)
     for step in range(8):
@@ -174,13 +174,18 @@ def test_every_clip_once_an_epoch_and_new_segments_each_time(folder):
 
 def test_minutes_are_nested_subsets(folder):
     corpus = data.Corpus(folder / "corpora/small")
-    sets = {m: set(train.choose_clips(corpus, m, 0).tolist()) for m in (1, 2, 5, 100)}
+
+    def chosen(minutes, seed=0):
+        settings = ["--minutes", str(minutes), "--seed", str(seed), "--batch", "4"]
+        return set(train.choose_clips(corpus, train.command_line().parse_args(settings)).tolist())
+
+    sets = {minutes: chosen(minutes) for minutes in (1, 2, 5, 100)}
     assert len(sets[1]) == 6 and len(sets[2]) == 12 and len(sets[100]) == 40  # clips of 312 hops, 9.984 s
     assert sets[1] < sets[2] < sets[5] < sets[100]
-    assert sets[2] != set(train.choose_clips(corpus, 2, 1).tolist())
+    assert sets[2] != chosen(2, seed=1)
     done = run(folder, "--data", "corpora/small", "--out", "runs/minutes", "--minutes", 2, *SMALL)
     assert done.returncode == 0
-    assert "--minutes 2: 12 clips, so that --batch is 12, not 16" in done.stdout + done.stderr
+    assert "--minutes 2: 12 clips, so --batch is 12, not 16" in done.stdout + done.stderr
     assert log_of(folder / "runs/minutes")[0]["settings"]["clips"] == 12
 
 
@@ -346,10 +351,10 @@ def test_full_memory_is_a_sentence_that_names_chunk(error, monkeypatch, capfd):
     "arguments, sentence",
     [
         (["--data", "missing"], "no such folder"),
-        (["--data", "corpora/small", "--batch", 41], "use --batch 40 or less"),
+        (["--data", "corpora/small", "--batch", 41], "there are 40 clips: use a smaller --batch"),
         (["--data", "corpora/small", "--out", "runs/whole"], "continue it with --resume"),
         (["--data", "corpora/small", "--out", "runs/whole", "--resume", "--lr", 0.5], "its --lr is 0.001"),
-        (["--data", "corpora/small", "--minutes", 0.1], "a batch needs at least two"),
+        (["--data", "corpora/small", "--minutes", 0.1], "there are 0 clips"),
         (["--data", "corpora/small", "--mask", 1], "mask ratio"),
         (["--data", "corpora/small", "--steps", 0], "above zero"),
         (["--data", "corpora/small", "--chunk", 0], "above zero"),
