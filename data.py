@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby, islice
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import soundfile
@@ -335,7 +335,7 @@ def _checked_mel(wave):
 
 
 def _write_source(name, clips, arguments, frames_file):
-    """Write the frames of a source's clips to an open file. Returns its entry of the index and its seconds."""
+    """Write the frames of a source's clips. Returns its entry in the index and its seconds of sound."""
     entry = {"file": name, "clips": [], "skipped": []}
     seconds = 0.0
     try:
@@ -598,232 +598,175 @@ class Corpus:
         return frames.view(*rows.shape, N_MELS).transpose(2, 3)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The embedded music: ten-second pieces that are composed, played and labelled by chance
-#
-# A clip is a key, a style, a tempo, a tuning, a brightness and a loudness, all drawn independently of each other but for
-# what makes a style a style. Key and style are told by nothing but the notes, the instruments and the rhythm.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# The embedded music: pieces of ten seconds, composed at random, played and labelled
+# ------------------------------------------------------------------------------------------------------------
 
-KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in "C Db D Eb E F Gb G Ab A Bb B".split())
+TONICS = "C Db D Eb E F Gb G Ab A Bb B".split()
+KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
 MAJOR, MINOR = (0, 2, 4, 5, 7, 9, 11), (0, 2, 3, 5, 7, 8, 10)  # semitones above the tonic
-PROGRESSIONS = {  # scale degrees, 0 is the tonic
-    MAJOR: ((0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (1, 4, 0, 0), (0, 3, 0, 4), (5, 3, 0, 4), (0, 2, 3, 4), (3, 0, 4, 0)),
-    MINOR: ((0, 5, 2, 6), (0, 3, 4, 0), (0, 6, 5, 4), (0, 3, 0, 4), (3, 4, 0, 0), (0, 5, 3, 4), (5, 6, 0, 0), (0, 0, 3, 4)),
-}
-HARMONIC = 1 / np.arange(1, 41)
-INSTRUMENTS = {  # amplitudes of the harmonics; attack and decay in seconds (decay 0: sustained); depth of vibrato
-    "piano": (HARMONIC**1.5, 0.005, 0.9, 0),
-    "guitar": (HARMONIC**1.1, 0.003, 0.4, 0),
-    "harp": (HARMONIC**2, 0.003, 0.7, 0),
-    "marimba": (np.array([1, 0, 0, 0.6, 0, 0, 0, 0, 0, 0.2]), 0.002, 0.2, 0),
-    "bell": (np.array([1, 0.3, 0.6, 0, 0.4, 0, 0.3, 0, 0, 0.25]), 0.002, 1.2, 0),
-    "organ": (np.array([1, 0.9, 0.7, 0.6, 0, 0.4, 0, 0.4]), 0.02, 0, 0),
-    "strings": (HARMONIC, 0.12, 0, 0.006),
-    "flute": (np.array([1, 0.4, 0.15, 0.08, 0.03]), 0.06, 0, 0.008),
-    "clarinet": (HARMONIC * (np.arange(40) % 2 == 0), 0.04, 0, 0.002),
-    "brass": (HARMONIC * np.minimum(1, np.arange(1, 41) / 4), 0.05, 0, 0.004),
-    "saw": (HARMONIC**0.8, 0.01, 0, 0),
-    "square": (HARMONIC**0.9 * (np.arange(40) % 2 == 0), 0.01, 0.8, 0),
-    "bass": (HARMONIC**1.7, 0.008, 0.6, 0),
+PROGRESSIONS = (0, 4, 5, 3), (0, 3, 4, 0), (0, 5, 3, 4), (3, 4, 0, 0), (0, 3, 0, 4)  # degrees of the scale
+HARMONIC = np.arange(1.0, 41.0)
+SINES = np.sin(2 * np.pi * HARMONIC[:, None] * np.arange(2048) / 2048)  # (40, 2048), one period
+INSTRUMENTS = {  # amplitudes of the harmonics; attack in seconds; decay time in seconds (infinite: sustained)
+    "piano": (HARMONIC**-1.5, 0.005, 0.9),
+    "guitar": (HARMONIC**-1.1, 0.003, 0.4),
+    "bell": (np.array([1, 0.3, 0.6, 0, 0.4, 0, 0.3, 0, 0, 0.25]), 0.002, 1.2),
+    "organ": (np.array([1, 0.9, 0.7, 0.6, 0, 0.4, 0, 0.4]), 0.02, math.inf),
+    "strings": (HARMONIC**-1.0, 0.12, math.inf),
+    "flute": (np.array([1, 0.4, 0.15, 0.08, 0.03]), 0.06, math.inf),
+    "brass": (np.minimum(1, HARMONIC / 4) / HARMONIC, 0.05, math.inf),
+    "square": (HARMONIC**-0.9 * (HARMONIC % 2), 0.01, 0.8),
+    "bass": (HARMONIC**-1.7, 0.008, 0.6),
 }
 
 
-class Style(NamedTuple):
-    """What makes a style: how often it is in minor, how fast, who plays, and when ('x' an onset, one sign a sixteenth)."""
-
-    tempo: tuple  # beats a minute, lowest and highest
-    minor: float  # share of clips in a minor key
-    swing: float  # how late the off-beats come, as a share of an eighth
-    chords: tuple  # instruments to choose from
-    melody: tuple
-    chord_rhythm: str  # one bar; twelve signs make a waltz
-    bass_rhythm: str
-    arpeggio: float  # share of clips with one
-    kick: str  # drums, '' for none
-    snare: str
-    hat: str
-
-
-# fmt: off
+# Lowest and highest tempo in beats a minute; instruments of chords and melody; rhythms of chords, bass
+# ('x' starts a note) and drums ('k' kick, 's' snare, 'h' hat): one bar, a sign for each sixteenth.
 STYLES = {
-    "house":   Style((112, 134), 0.6, 0.0, ("organ", "saw", "piano"), ("saw", "square"),
-                     "..x..x....x..x..", "..x...x...x...x.", 0.3, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
-    "trance":  Style((122, 146), 0.7, 0.0, ("saw", "strings"), ("saw", "square"),
-                     "x...............", "..xx..xx..xx..xx", 0.9, "x...x...x...x...", "....x.......x...", "..x...x...x...x."),
-    "rock":    Style((96, 150), 0.4, 0.0, ("guitar", "organ"), ("guitar", "saw"),
-                     "x.x.x.x.x.x.x.x.", "x.x.x.x.x.x.x.x.", 0.1, "x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x."),
-    "reggae":  Style((66, 96), 0.5, 0.2, ("guitar", "organ", "piano"), ("organ", "brass"),
-                     "....x.......x...", "x..x....x..x..x.", 0.1, "........x.......", "........x.......", "x.x.x.x.x.x.x.x."),
-    "swing":   Style((104, 176), 0.4, 0.33, ("piano", "guitar"), ("clarinet", "brass", "piano"),
-                     "x.....x.....x...", "x...x...x...x...", 0.1, "x...............", "....x.......x...", "x...x.x.x...x.x."),
-    "latin":   Style((88, 128), 0.6, 0.0, ("piano", "guitar"), ("brass", "flute"),
-                     "x..x..x...x.x...", "x.....x.x.....x.", 0.2, "x.......x.......", "x..x..x...x.x...", "xxxxxxxxxxxxxxxx"),
-    "waltz":   Style((84, 156), 0.4, 0.0, ("strings", "piano", "harp"), ("strings", "clarinet", "flute"),
-                     "....x...x...", "x...........", 0.2, "", "", ""),
-    "folk":    Style((76, 124), 0.4, 0.1, ("guitar", "harp"), ("flute", "guitar", "strings"),
-                     "x...x.xx..x.x.x.", "x.......x.......", 0.5, "", "", ""),
-    "chamber": Style((60, 108), 0.5, 0.0, ("strings", "clarinet"), ("strings", "flute", "clarinet"),
-                     "x.......x.......", "x...x...x...x...", 0.2, "", "", ""),
-    "march":   Style((92, 126), 0.2, 0.0, ("brass", "clarinet"), ("brass", "flute"),
-                     "..x...x...x...x.", "x...x...x...x...", 0.0, "x...x...x...x...", "x.x.xxx.x.x.xxxx", ""),
-    "lullaby": Style((54, 90), 0.3, 0.0, ("bell", "harp", "marimba"), ("bell", "flute", "marimba"),
-                     "x...............", "x.......x.......", 0.8, "", "", ""),
-    "ambient": Style((54, 80), 0.6, 0.0, ("strings", "organ", "bell"), ("flute", "bell"),
-                     "x...............", "x...............", 0.4, "", "", ""),
+    "house": (112, 134, "organ square", "..x..x....x..x..", "..x...x...x...x.", "k.h.s.h.k.h.s.h."),
+    "rock": (96, 150, "guitar square", "x.x.x.x.x.x.x.x.", "x.x.x.x.x.x.x.x.", "k.h.s.h.k.k.s.h."),
+    "reggae": (70, 96, "guitar organ", "....x.......x...", "x..x....x..x..x.", "h.h.h.h.k.h.h.h."),
+    "latin": (88, 128, "piano brass", "x..x..x...x.x...", "x.....x.x.....x.", "khhshhshkhshshhh"),
+    "waltz": (84, 156, "strings piano flute", "....x...x...", "x...........", ""),
+    "march": (92, 126, "brass flute", "..x...x...x...x.", "x...x...x...x...", "k.s.k.sss.s.k.ss"),
+    "lullaby": (60, 90, "bell guitar", "x.......", "x.......", ""),
+    "ambient": (60, 80, "strings organ bell", "x.......", "x.......", ""),
 }
-# fmt: on
-TAGS = tuple(
-    "drums bass melody arpeggio fast slow bright dark minor swing sustained plucked wind electronic high noisy".split()
-)
+TAGS = ("drums", "bass", "melody", "minor", "fast", "slow", "bright", "dark", "wind", "noisy")
 
 
-def _tone(frequency, seconds, instrument, tilt):
-    """One note: a period drawn by an inverse FFT of its harmonics below 7.8 kHz, read round and round, under an envelope."""
-    amplitudes, attack, decay, vibrato = INSTRUMENTS[instrument]
-    amplitudes = amplitudes[: int(7800 / frequency)]
-    spectrum = np.zeros(1025, np.complex64)
-    spectrum[1 : len(amplitudes) + 1] = amplitudes * np.arange(1, len(amplitudes) + 1) ** tilt
-    period = np.fft.irfft(-1j * spectrum / np.linalg.norm(spectrum), 2048) * 1024
-    t = np.arange(int(seconds * SAMPLE_RATE)) / SAMPLE_RATE
-    cycles = frequency * t
-    if vibrato:
-        cycles += frequency * vibrato * np.sin(2 * np.pi * 5.5 * t) / (2 * np.pi * 5.5)
-    note = period[(cycles * 2048).astype(np.int64) & 2047]
-    envelope = np.minimum(np.minimum(1, t / attack), (seconds - t) / 0.02)
-    return note * (envelope * np.exp(-t / decay) if decay else envelope)
+def _draw_piece(rng):
+    """What is drawn for a clip before its notes. The key and the loudness do not depend on the style."""
+    style = list(STYLES)[rng.integers(len(STYLES))]
+    slowest, fastest, instruments, chord_rhythm, bass_rhythm, drum_rhythm = STYLES[style]
+    return SimpleNamespace(
+        style=style,
+        instruments=instruments.split(),
+        chord_rhythm=chord_rhythm,
+        bass_rhythm=bass_rhythm if rng.random() < 0.8 else "",
+        drum_rhythm=drum_rhythm if rng.random() < 0.8 else "",
+        melody=rng.random() < 0.8,
+        tonic=int(rng.integers(12)),
+        minor=bool(rng.integers(2)),
+        tempo=rng.uniform(slowest, fastest),
+        tuning=rng.uniform(-0.3, 0.3),  # semitones
+        tilt=rng.uniform(-0.3, 0.2),  # brightness: the amplitude of harmonic n is multiplied by n**tilt
+        loudness=rng.uniform(-36, -18),  # root mean square in dB of full scale
+        hiss=rng.uniform(-60, -25),  # white noise, in dB of the music
+    )
+
+
+def _onsets(rhythm):
+    """[(start, length up to the next onset or the end of the bar)] in sixteenths."""
+    starts = [step for step, sign in enumerate(rhythm) if sign == "x"]
+    return [(start, end - start) for start, end in zip(starts, [*starts[1:], len(rhythm)])]
+
+
+def _compose(piece, rng):
+    """The notes of a piece, bar by bar: (start, length, pitch, lowest, instrument, level).
+
+    Start and length are in sixteenths. The pitch is a MIDI number, to be moved to the octave above `lowest`.
+    """
+    scale, bar = MINOR if piece.minor else MAJOR, len(piece.chord_rhythm)
+    progression = np.roll(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], rng.integers(4))
+    walk, notes = int(rng.integers(7)), []
+    for begin in range(0, int(10 * piece.tempo / 15) + 2 * bar, bar):
+        # Octaves and players change within a clip. Otherwise the model tells a clip from the others by the
+        # spectrum of its sounds, and training does not improve the key.
+        if begin == 0 or rng.random() < 0.5:
+            bass_octave, chord_octave, melody_octave = rng.integers((24, 40, 48), (48, 72, 84))
+            chord_player, melody_player = rng.choice(piece.instruments, 2)
+        degree = progression[begin // bar % 4]
+        chord = [piece.tonic + scale[(degree + third) % 7] for third in (0, 2, 4)]
+        if piece.minor and degree == 4:
+            chord[1] = piece.tonic + 11  # the dominant of harmonic minor
+
+        for start, length in _onsets(piece.chord_rhythm):
+            for pitch in chord:
+                notes.append((begin + start, length, pitch, chord_octave, chord_player, 0.4))
+        for start, length in _onsets(piece.bass_rhythm):
+            notes.append((begin + start, length, chord[0], bass_octave, "bass", 1.6))
+        melody_rhythm = "".join(rng.choice(["x.", ".."], bar // 2)) if piece.melody else ""
+        for start, length in _onsets(melody_rhythm):
+            walk += int(rng.integers(-2, 3))
+            pitch = piece.tonic + scale[walk % 7]
+            notes.append((begin + start, length, pitch, melody_octave, melody_player, 0.5))
+        for start, drum in enumerate(piece.drum_rhythm):
+            if drum != ".":
+                notes.append((begin + start, 1, 0, 0, drum, 1.0))
+    return notes
+
+
+def _tone(frequency, samples, instrument, tilt):
+    """One note: a period, which is the sum of the harmonics below 7.8 kHz, is repeated under an envelope."""
+    amplitudes, attack, decay = INSTRUMENTS[instrument]
+    amplitudes = (amplitudes * HARMONIC[: len(amplitudes)] ** tilt)[: int(7800 / frequency)]
+    period = (amplitudes / np.linalg.norm(amplitudes) @ SINES[: len(amplitudes)]).astype(np.float32)
+    phase = np.arange(samples, dtype=np.uint32) * np.uint32(frequency / SAMPLE_RATE * 2**32)  # modulo 2**32
+    t = np.arange(samples, dtype=np.float32) / SAMPLE_RATE
+    envelope = np.minimum(1, t / np.float32(attack)) * np.exp(t / -decay)
+    return period[phase >> 21] * np.minimum(envelope, t[::-1] / np.float32(0.02))
 
 
 def _drum(kind, rng):
-    """One stroke: a falling sine (kick), noise with a tone in it (snare), or the differences of noise (hat)."""
-    t = np.arange(int(0.25 * SAMPLE_RATE)) / SAMPLE_RATE
-    noise = rng.standard_normal(len(t))
-    if kind == "kick":
-        return 3 * np.sin(2 * np.pi * (rng.uniform(45, 60) * t - 6 * np.exp(-t * 30) / 2)) * np.exp(-t * 14)
-    if kind == "snare":
-        return (noise + np.sin(2 * np.pi * rng.uniform(160, 220) * t)) * np.exp(-t * rng.uniform(15, 30))
-    return np.diff(noise, prepend=0) * np.exp(-t * rng.uniform(40, 90)) * 0.5
+    """One stroke: a falling sine (kick), noise (snare), or its differences (hat)."""
+    t = np.arange(4000, dtype=np.float32) / SAMPLE_RATE
+    if kind == "k":
+        return 3 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t * 30))) * np.exp(-t * 14)
+    noise = rng.standard_normal(4000, dtype=np.float32)
+    return noise * np.exp(-t * 20) if kind == "s" else np.diff(noise, prepend=0) * np.exp(-t * 60)
 
 
-def _clip(rng):
-    """Compose and play one clip. Returns the wave (160000,) float32 and its labels: key, style, tags, mood."""
-    name = tuple(STYLES)[rng.integers(len(STYLES))]
-    style = STYLES[name]
-    tonic, minor = int(rng.integers(12)), bool(rng.random() < style.minor)
-    tempo, tuning, tilt = rng.uniform(*style.tempo), rng.uniform(-30, 30), rng.uniform(-0.3, 0.2)
-    loudness = rng.uniform(-36, -18)  # dB of full scale, as root mean square
-    sixteenth, bar = 15 / tempo, len(style.chord_rhythm)
-    start = -rng.uniform(0, bar) * sixteenth  # the clip is cut out of a piece anywhere
-    n = 10 * SAMPLE_RATE
-    wave, pitches, players = np.zeros(n), [], set()
-
-    def play(level, step, sound):  # returns whether any of it falls into the clip
-        late = style.swing * 2 * sixteenth if step % 4 == 2 else 0
-        at = int((start + step * sixteenth + late + rng.normal(0, 0.006)) * SAMPLE_RATE)
-        sound = sound[max(0, -at) : max(0, n - at)]
-        if len(sound):
-            wave[max(0, at) : max(0, at) + len(sound)] += level * rng.uniform(0.7, 1) * sound
-        return len(sound) > 0
-
-    def tone(level, step, steps, pitch, instrument):  # pitch is a MIDI number
-        frequency = 440 * 2 ** ((pitch - 69 + tuning / 100) / 12)
-        if play(level, step, _tone(frequency, max(0.08, steps * sixteenth), instrument, tilt)):
-            pitches.append(pitch)
-            players.add(str(instrument))
-
-    has = {
-        "bass": rng.random() < 0.8,
-        "melody": rng.random() < 0.8,
-        "arpeggio": rng.random() < style.arpeggio,
-        "drums": bool(style.kick) and rng.random() < 0.85,
-    }
-    arpeggio_instrument = rng.choice(("piano", "harp", "square", "marimba"))
-    balance = np.array([0.4, 1.6, 0.5, 0.3, 1.0]) * rng.uniform(0.7, 1.4, 5)
-    level = dict(zip(("chords", "bass", "melody", "arpeggio", "drums"), balance))
-    drums = {kind: _drum(kind, rng) for kind in ("kick", "snare", "hat")}
-
-    scale, other = (MINOR, MAJOR) if minor else (MAJOR, MINOR)
-    progression = PROGRESSIONS[scale][rng.integers(8)]
-    turn, walk = int(rng.integers(4)), int(rng.integers(7))
-    span = bar // 2 if tempo < 90 and bar == 16 else bar  # a slow piece changes its chord twice a bar
-    for number in range(int(10 / sixteenth / span) + 2 * bar // span):
-        degree, begin = progression[(number + turn) % 4], number * span
-        if number == 0 or rng.random() < 0.5:  # the texture changes: other octaves, other players of the same style
-            bass_from, chords_from, arpeggio_from = 24 + rng.integers(24), 40 + rng.integers(32), 48 + rng.integers(36)
-            melody_tonic = tonic + 12 * int(rng.integers(4, 7))
-            chord_instrument, melody_instrument = rng.choice(style.chords), rng.choice(style.melody)
-        borrowed = other if rng.random() < 0.1 else scale  # now and then a chord of the parallel key
-        chord = [tonic + borrowed[(degree + third) % 7] for third in (0, 2, 4)]
-        if minor and degree == 4 and rng.random() < 0.7:
-            chord[1] = tonic + 11  # the dominant of harmonic minor
-        if rng.random() < 0.25:
-            chord.append(tonic + borrowed[(degree + 6) % 7])
-        onsets = lambda rhythm: [s for s in range(begin, begin + span) if rhythm[s % bar] == "x"]
-        length = lambda steps, s: next((later - s for later in steps if later > s), begin + span - s)
-
-        steps = onsets(style.chord_rhythm) or [begin]
-        for s in steps:
-            for pitch in chord:
-                tone(level["chords"], s, length(steps, s), chords_from + (pitch - chords_from) % 12, chord_instrument)
-        steps = onsets(style.bass_rhythm) if has["bass"] else []
-        for s in steps:
-            pitch = chord[0] if s == steps[0] or rng.random() < 0.6 else chord[2]
-            tone(level["bass"], s, length(steps, s), bass_from + (pitch - bass_from) % 12, "bass")
-        for s in range(begin, begin + span) if has["arpeggio"] else ():
-            if s % 2 == 0 or name == "trance":
-                pitch = chord[s % len(chord)]
-                tone(level["arpeggio"], s, 2, arpeggio_from + (pitch - arpeggio_from) % 12, arpeggio_instrument)
-        steps = [s for s in range(begin, begin + span, 2) if rng.random() < 0.55] if has["melody"] else []
-        for s in steps:
-            walk += int(rng.integers(-2, 3))
-            walk = min(max(walk, 0), 13)
-            pitch = scale[walk % 7] + 12 * (walk // 7)
-            if rng.random() < 0.35:  # land on the chord
-                pitch = min((c - tonic + 12 * o for c in chord for o in (-1, 0, 1)), key=lambda p: abs(p - pitch))
-            tone(level["melody"], s, length(steps, s), melody_tonic + pitch, melody_instrument)
-        for s in range(begin, begin + span) if has["drums"] else ():
-            for kind in ("kick", "snare", "hat"):
-                rhythm = getattr(style, kind)
-                if rhythm and rhythm[s % bar] == "x":
-                    play(level["drums"], s, drums[kind])
-
-    hiss = rng.uniform(-60, -25)  # dB below the music
-    wave += rng.standard_normal(n) * np.sqrt(np.mean(wave**2)) * 10 ** (hiss / 20)
-    wave *= 10 ** (loudness / 20) / np.sqrt(np.mean(wave**2))
-
-    fast, bright, loud = (tempo - 100) / 30, (tilt + 0.05) / 0.145, (loudness + 27) / 5.2  # about -2 to 2
-    arousal = np.tanh(0.5 * fast + 0.25 * bright + 0.25 * loud + 0.4 * has["drums"] - 0.2 + rng.normal(0, 0.25))
-    valence = np.tanh(0.6 * (1 - 2 * minor) + 0.3 * fast + 0.2 * bright + rng.normal(0, 0.25))
-    tags = {
-        **has,
-        "fast": tempo > 120,
-        "slow": tempo < 80,
-        "bright": tilt > 0.1,
-        "dark": tilt < -0.2,
-        "minor": minor,
-        "swing": style.swing > 0.15,
-        "sustained": bool(players & {"strings", "organ", "saw", "brass", "flute", "clarinet"}),
-        "plucked": bool(players & {"guitar", "harp"}),
-        "wind": bool(players & {"flute", "clarinet", "brass"}),
-        "electronic": bool(players & {"saw", "square"}),
-        "high": np.mean(pitches) > 64,
-        "noisy": hiss > -35,
-    }
-    labels = tonic + 12 * minor, tuple(STYLES).index(name), [float(tags[tag]) for tag in TAGS], (arousal, valence)
-    return wave.astype(np.float32), labels
+def _play(piece, notes, rng):
+    """The sound of the notes: (160000,) float32. The clip begins anywhere in the first bar."""
+    sounds = {(1, 0, drum): _drum(drum, rng) for drum in "ksh"}  # notes of the same sound are made once
+    wave = np.zeros(10 * SAMPLE_RATE, np.float32)
+    sixteenth = 15 / piece.tempo * SAMPLE_RATE  # samples
+    clip_start = rng.uniform(0, len(piece.chord_rhythm)) * sixteenth
+    for start, length, pitch, lowest, instrument, level in notes:
+        pitch = lowest + (pitch - lowest) % 12
+        note = length, pitch, instrument
+        if note not in sounds:
+            frequency = 440 * 2 ** ((pitch - 69 + piece.tuning) / 12)
+            sounds[note] = _tone(frequency, int(length * sixteenth), instrument, piece.tilt)
+        at = int(start * sixteenth - clip_start)
+        sound = sounds[note][max(0, -at) : max(0, len(wave) - at)]
+        wave[max(0, at) :][: len(sound)] += level * rng.uniform(0.7, 1) * sound
+    power = np.mean(wave**2)
+    wave += rng.standard_normal(len(wave), dtype=np.float32) * np.sqrt(power * 10 ** (piece.hiss / 10))
+    return wave * np.sqrt(10 ** (piece.loudness / 10) / np.mean(wave**2))
 
 
-def synthesize(n_clips, seed, first=0):
-    """Clips `first` to `first + n_clips - 1` of the embedded music of a seed. Clip i depends on (seed, i) alone.
+def _label(piece, notes, rng):
+    """The key, the style, the tags and the mood (arousal, valence) of a piece."""
+    players = {instrument for *_, instrument, _ in notes}
+    tags = [piece.drum_rhythm != "", piece.bass_rhythm != "", piece.melody, piece.minor]  # in TAGS' order
+    tags += [piece.tempo > 120, piece.tempo < 80, piece.tilt > 0.1, piece.tilt < -0.2]
+    tags += [len(players & {"flute", "brass"}) > 0, piece.hiss > -35]
+    fast, bright, loud = (piece.tempo - 100) / 30, (piece.tilt + 0.05) / 0.145, (piece.loudness + 27) / 5.2
+    arousal = 0.5 * fast + 0.25 * bright + 0.25 * loud + 0.4 * tags[0] - 0.2
+    valence = 0.3 * fast + 0.2 * bright - 1.2 * piece.minor + 0.6
+    mood = np.tanh([arousal, valence] + rng.normal(0, 0.25, 2))
+    key, style = piece.tonic + 12 * piece.minor, list(STYLES).index(piece.style)
+    return key, style, [float(tag) for tag in tags], mood.tolist()
 
-    Returns waves (n, 160000) float32 at 16 kHz, and labels: `key` (n,) long, 0..11 C to B major, 12..23 C to B minor;
-    `style` (n,) long, in the order of STYLES; `tags` (n, 16) float of 0 and 1, in the order of TAGS; `mood` (n, 2) float,
-    arousal and valence between -1 and 1.
+
+def synthesize(n, seed, first=0):
+    """Clips `first` to `first + n - 1` of the embedded music of a seed; clip i depends on (seed, i) alone.
+
+    Returns waves (n, 160000) float32 at 16 kHz, and labels: `key` (n,) long, index in KEYS; `style` (n,)
+    long, index in STYLES; `tags` (n, 10) float of 0 and 1; `mood` (n, 2) float, arousal and valence, -1 to 1.
     """
-    clips = [_clip(np.random.default_rng([seed, first + i])) for i in range(n_clips)]
-    waves = torch.from_numpy(np.stack([wave for wave, _ in clips]))
-    key, style, tags, mood = (torch.tensor(column) for column in zip(*(labels for _, labels in clips)))
-    return waves, {"key": key, "style": style, "tags": tags, "mood": mood.float()}
+    waves, labels = [], []
+    for number in range(first, first + n):
+        rng = np.random.default_rng([seed, number])
+        piece = _draw_piece(rng)
+        notes = _compose(piece, rng)
+        waves.append(_play(piece, notes, rng))
+        labels.append(_label(piece, notes, rng))
+    key, style, tags, mood = (torch.tensor(column) for column in zip(*labels))
+    return torch.from_numpy(np.stack(waves)), {"key": key, "style": style, "tags": tags, "mood": mood}
 
 
 # ------------------------------------------------------------------------------------------------------------
