@@ -30,7 +30,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -438,29 +438,40 @@ def _check_settings(out, found, settings):
     raise ValueError(f"{out} was built with {differs}: {advice}")
 
 
-def _build(out, settings, shards, clips, workers):
-    """Build the corpus `out` from shards: lists of (name, arguments of `clips`)."""
-    out = Path(out)
-    folder, settings_path = out / "shards", out / "shards" / "settings.json"
-    if (out / "index.jsonl").exists():
-        _check_settings(out, _read_index(out)[0], settings)
-        shutil.rmtree(folder, ignore_errors=True)
-        return Corpus(out)
-    if out.exists() and not folder.exists() and (not out.is_dir() or any(out.iterdir())):
+def _begin(out, settings):
+    """Make the folder of a corpus, with the settings in shards.json until it is finished."""
+    begun = out / "shards.json"
+    names = os.listdir(out) if out.is_dir() else []
+    foreign = out.is_file() or any(not name.startswith("shards.") for name in names)
+    if foreign and not begun.exists():
         raise ValueError(f"{out} exists and is not a corpus: choose another name")
-    folder.mkdir(parents=True, exist_ok=True)
-    if not settings_path.exists():
-        part = folder / f"{os.getpid()}.json"
+    out.mkdir(parents=True, exist_ok=True)
+    if not begun.exists():
+        part = out / f"shards.{os.getpid()}.json"
         part.write_text(json.dumps(settings))
-        os.replace(part, settings_path)
-    _check_settings(out, json.loads(settings_path.read_text()), settings)
-    try:
-        _write_shards(out, folder, shards, clips, workers)
-        _join_shards(out, folder, len(shards), settings)
-    except FileNotFoundError:  # another process has finished the same corpus and removed the shards
-        if not (out / "index.jsonl").exists():
-            raise
-    shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, begun)
+    _check_settings(out, json.loads(begun.read_text()), settings)
+    (out / "shards").mkdir(exist_ok=True)
+
+
+def _build(out, settings, shards, clips, workers):
+    """Build the corpus `out` from shards: lists of (name, arguments of `clips`). Returns the `Corpus`."""
+    out = Path(out)
+    index, begun, folder = out / "index.jsonl", out / "shards.json", out / "shards"
+    if index.exists():
+        _check_settings(out, _read_index(out)[0], settings)
+    else:
+        try:
+            _begin(out, settings)
+            _write_shards(out, folder, shards, clips, workers)
+            _join_shards(out, folder, len(shards), settings)
+        except FileNotFoundError:  # another process has finished the same corpus and removed the shards
+            if not index.exists():
+                raise
+        shutil.rmtree(folder, ignore_errors=True)
+    if begun.exists():  # or the build was killed before it had removed the shards
+        shutil.rmtree(folder, ignore_errors=True)
+        begun.unlink(missing_ok=True)
     return Corpus(out)
 
 

@@ -413,6 +413,7 @@ def test_a_build_that_another_one_overtakes_opens_its_corpus(music, corpus, tmp_
         write_shards(out, *arguments)
         shutil.copytree(corpus.path, out, dirs_exist_ok=True)
         shutil.rmtree(out / "shards")
+        (out / "shards.json").unlink()
 
     monkeypatch.setattr(data, "_write_shards", overtaken)
     assert len(data.build_corpus(music, tmp_path / "slow", workers=2)) == len(corpus)
@@ -431,6 +432,22 @@ def test_an_interrupted_build_is_not_continued_with_other_settings(music, tmp_pa
         data.Corpus(tmp_path / "out")
     with pytest.raises(ValueError, match="clip_seconds 10.0 and not 5.0"):
         data.build_corpus(music, tmp_path / "out", clip_seconds=5.0)
+
+
+def test_a_build_killed_while_it_removed_its_shards_is_finished_by_the_next(music, corpus, copy):
+    (copy / "shards").mkdir()
+    (copy / "shards/3.f16").write_bytes(bytes(100))
+    (copy / "shards.json").write_text(json.dumps(corpus.settings))
+    data.build_corpus(music, copy)
+    assert contents(copy) == contents(corpus.path)
+
+
+def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(music, tmp_path):
+    (tmp_path / "mine/shards").mkdir(parents=True)
+    (tmp_path / "mine/shards/song.txt").write_text("a song")
+    with pytest.raises(ValueError, match="not a corpus"):
+        data.build_corpus(music, tmp_path / "mine")
+    assert (tmp_path / "mine/shards/song.txt").read_text() == "a song"
 
 
 def test_shards_are_consecutive_files_of_about_one_size(tmp_path, monkeypatch):
