@@ -756,8 +756,9 @@ def _label(piece, notes, rng):
     tags += [piece.tempo > 120, piece.tempo < 80, piece.tilt > 0.1, piece.tilt < -0.2]
     tags += [len(players & {"flute", "brass"}) > 0, piece.hiss > -35]
     fast, bright, loud = (piece.tempo - 100) / 30, (piece.tilt + 0.05) / 0.145, (piece.loudness + 27) / 5.2
-    arousal = 0.5 * fast + 0.25 * bright + 0.25 * loud + 0.4 * tags[0] - 0.2
-    valence = 0.3 * fast + 0.2 * bright - 1.2 * piece.minor + 0.6
+    drums, wind = tags[0] - 0.5, tags[8] - 0.5
+    arousal = 0.4 * fast + 0.1 * bright + 0.25 * loud + drums
+    valence = 0.3 * fast + 0.1 * bright + 0.7 * wind - 0.7 * piece.minor + 0.35
     mood = np.tanh([arousal, valence] + rng.normal(0, 0.25, 2))
     key, style = piece.tonic + 12 * piece.minor, list(STYLES).index(piece.style)
     return key, style, [float(tag) for tag in tags], mood.tolist()
