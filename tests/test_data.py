@@ -22,11 +22,11 @@ import data
 ROOT = Path(__file__).parent.parent
 
 
-# --- mel -------------------------------------------------------------------------------------------------------------
+# --- mel ----------------------------------------------------------------------------------------------------
 
 
 def slow_mel(wave):
-    """The front end from its definition, in float64: a matrix of complex exponentials, and triangles drawn bin by bin."""
+    """The mel power from its definition, in float64: complex exponentials, and triangles bin by bin."""
     wave = np.asarray(wave, dtype=np.float64)
     padded = np.concatenate([wave[1:1025][::-1], wave, wave[-1025:-1][::-1]])
     window = np.array([0.5 - 0.5 * math.cos(2 * math.pi * n / 2048) for n in range(2048)])
@@ -82,7 +82,7 @@ def test_mel_is_batched_and_says_when_too_short():
     assert batched.shape == (2, 3, 128, 10)
     assert torch.allclose(batched[1, 2], data.mel_spectrogram(waves[1, 2]), rtol=1e-5)
     assert data.mel_spectrogram(torch.randn(1025)).shape == (128, 3)
-    with pytest.raises(ValueError, match="1024 samples"):
+    with pytest.raises(ValueError, match="1024 samples are too few"):
         data.mel_spectrogram(torch.randn(1024))
 
 
@@ -97,11 +97,27 @@ def test_segments_drop_the_rest_and_fill_up_a_short_clip():
     assert torch.equal(short[0, :, :40], mel[:, :40]) and not short[0, :, 40:].any()
 
 
-# --- sound -----------------------------------------------------------------------------------------------------------
+def test_mel_segments_are_what_a_corpus_stores():
+    wave = data.synthesize(1, 5)[0][0]
+    wave *= 40 / wave.abs().max()  # loud: some values are beyond float16
+    mel = torch.from_numpy(slow_mel(wave)[1])
+    cut = data.mel_segments(wave)
+    assert cut.shape == (3, 128, 96) and cut.dtype == torch.float16
+    assert mel.max() > 65504 and cut.max() == 65504
+    expected = data.segments(mel.clamp(max=65504))
+    assert (cut - expected).abs().max() <= 1e-3 * expected.max()
+    short = data.mel_segments(wave[:500])
+    padded = torch.cat([wave[:500], torch.zeros(1548)])
+    assert short.shape == (1, 128, 96)
+    assert torch.equal(short, data.mel_segments(padded))
+
+
+# --- sound --------------------------------------------------------------------------------------------------
 
 
 def tone(rate, seconds, frequency=440.0, amplitude=0.5):
-    return (amplitude * np.sin(2 * np.pi * frequency * np.arange(int(rate * seconds)) / rate)).astype(np.float32)
+    t = np.arange(int(rate * seconds)) / rate
+    return (amplitude * np.sin(2 * np.pi * frequency * t)).astype(np.float32)
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3", "aiff", "au"])
@@ -131,7 +147,8 @@ def test_a_part_of_a_file_is_that_part(tmp_path, suffix):
     whole, part = data.load_audio(path), data.load_audio(path, offset=2.0, duration=1.5)
     assert len(part) == 24_000
     assert (whole[32_000:56_000] - part)[100:-100].abs().max() < 2e-3
-    assert len(data.load_audio(path, offset=5.0, duration=10)) == pytest.approx(16_000, abs=2)  # what there is
+    rest = data.load_audio(path, offset=5.0, duration=10)
+    assert len(rest) == pytest.approx(16_000, abs=2)
 
 
 def test_errors_name_the_file_and_the_cause(tmp_path):
@@ -159,7 +176,117 @@ def test_errors_name_the_file_and_the_cause(tmp_path):
     assert "10 Hz" in message("slow.wav")
 
 
-# --- corpus ----------------------------------------------------------------------------------------------------------
+def test_a_damaged_length_does_not_decide_how_much_is_read(tmp_path, monkeypatch):
+    """Some damaged MP3s claim terabytes. The sound is read in blocks up to its real end."""
+    path = tmp_path / "song.wav"
+    soundfile.write(path, np.stack([tone(16_000, 3), tone(16_000, 3, 330.0)], axis=1), 16_000)
+    expected, asked = data.load_audio(path), []
+    monkeypatch.setattr(data, "BLOCK", 7_000)
+    assert torch.equal(data.load_audio(path), expected)
+    assert torch.equal(data.load_audio(path, 0.5, 2.0), expected[8_000:40_000])
+    read = soundfile.SoundFile.read
+
+    def claimed(sound, frames, **options):
+        asked.append(frames)
+        return read(sound, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda sound: 2**39))
+    monkeypatch.setattr(soundfile.SoundFile, "read", claimed)
+    assert torch.equal(data.load_audio(path), expected)
+    assert max(asked) == 7_000
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_a_mutilated_file_is_read_or_is_a_value_error_that_names_it(tmp_path, suffix):
+    path, random = tmp_path / f"broken.{suffix}", np.random.default_rng(3)
+    soundfile.write(path, tone(16_000, 2), 16_000)
+    whole = np.frombuffer(path.read_bytes(), np.uint8)
+    for _ in range(25):
+        broken = whole.copy()
+        place = random.integers(0, len(whole) if random.random() < 0.5 else 300, 20)
+        broken[place] = random.integers(0, 256, 20)
+        path.write_bytes(broken[: random.integers(100, len(whole))].tobytes())
+        try:
+            assert data.load_audio(path).isfinite().all()
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
+def test_audio_files_are_sorted_and_links_are_followed_once(tmp_path):
+    for name in ("b.wav", "a/z.MP3", "a/note.txt", ".hidden.wav", "c.m4a"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a/up").symlink_to("..")
+    assert data.audio_files(tmp_path) == ["a/z.MP3", "b.wav", "c.m4a"]
+
+
+# --- worker processes ---------------------------------------------------------------------------------------
+
+
+def work(number, folder):
+    """A job: some numbers are an error, end the process, or end it once."""
+    if number == "error":
+        raise ValueError("job error")
+    if number == "crash":
+        os._exit(1)
+    if number == "once" and not os.path.exists(f"{folder}/once"):
+        Path(f"{folder}/once").touch()
+        os._exit(1)
+    Path(f"{folder}/{number}").touch()
+    return number, torch.get_num_threads()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_keep_the_order_and_do_not_run_far_ahead(tmp_path, workers):
+    results = data.in_workers(work, ((i, tmp_path) for i in range(40)), workers)
+    assert [next(results), next(results)] == [(0, 1), (1, 1)]
+    assert len(list(tmp_path.iterdir())) <= 2 + 4 * workers
+    assert list(results) == [(i, 1) for i in range(2, 40)]
+    assert list(data.in_workers(work, [], workers)) == []
+
+
+def test_workers_pass_errors_on_and_stop_when_closed(tmp_path):
+    with pytest.raises(ValueError, match="job error"):
+        list(data.in_workers(work, [(0, tmp_path), ("error", tmp_path)], 2))
+    results = data.in_workers(work, ((i, tmp_path) for i in range(10_000)), 2)
+    next(results)
+    results.close()
+    assert len(list(tmp_path.iterdir())) < 50
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_dead_worker_names_its_job(tmp_path, workers):
+    jobs = [(i if i != 7 else "crash", tmp_path) for i in range(30)]
+    results = data.in_workers(work, jobs, workers)
+    assert [next(results)[0] for _ in range(7)] == list(range(7))
+    with pytest.raises(ValueError, match="^crash: .*died"):
+        next(results)
+    with pytest.raises(ValueError, match=f"^file crash of {tmp_path}: .*died"):
+        list(data.in_workers(work, jobs, workers, name=lambda number, folder: f"file {number} of {folder}"))
+
+
+def test_a_worker_that_died_once_is_replaced(tmp_path):
+    jobs = [(i if i != 7 else "once", tmp_path) for i in range(30)]
+    assert [number for number, _ in data.in_workers(work, jobs, 2)] == [number for number, _ in jobs]
+
+
+def crash_on_open(path, clip_seconds):
+    if "b.flac" in path:
+        os._exit(1)
+    yield 0.0, torch.ones(160_000)
+
+
+def test_a_build_whose_worker_dies_names_the_file_and_keeps_finished_shards(music, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "_file_clips", crash_on_open)
+    monkeypatch.setattr(data, "SHARD_BYTES", 10**5)
+    with pytest.raises(ValueError, match="^b.flac: the process that worked on it died"):
+        data.build_corpus(music, tmp_path / "out", workers=2)
+    assert not (tmp_path / "out/index.jsonl").exists()
+    monkeypatch.undo()
+    data.build_corpus(music, tmp_path / "out", workers=2)
+
+
+# --- corpus -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +340,7 @@ def test_every_clip_is_the_mel_of_its_part_of_its_file(music, corpus):
         assert torch.allclose(rows.float(), expected.T.float(), rtol=2e-3, atol=1e-6)
     for name in ("a.ogg", "b.flac"):
         assert clips[name, 0.0] == 313 and clips[name, 10.0] == 1 + 80_000 // 512
-    assert clips["six.wav", 0.0] == 313 and ("six.wav", 10.0) not in clips  # the tail is shorter than a segment
+    assert clips["six.wav", 0.0] == 313 and ("six.wav", 10.0) not in clips  # the rest is too short
     assert clips["sub/ein Stück – 音楽.wav", 0.0] == 126
     assert clips["caf\udce9.wav", 0.0] == 126
     assert clips["cut.flac", 0.0] == 313 and ("cut.flac", 20.0) not in clips
@@ -221,11 +348,12 @@ def test_every_clip_is_the_mel_of_its_part_of_its_file(music, corpus):
     assert not any(name.startswith("sub/up") for name, _ in clips)  # the link leads back to where we are
 
 
-def test_what_was_left_out_is_listed_with_its_reason(corpus):
-    with open(corpus.path / "left_out.csv", newline="", encoding="utf-8") as file:
+def test_what_was_skipped_is_listed_with_its_reason(corpus):
+    with open(corpus.path / "skipped.csv", newline="", encoding="utf-8") as file:
         rows = {(row["file"], float(row["offset"])): row for row in csv.DictReader(file)}
     kinds = {name: row["kind"] for (name, _), row in rows.items()}
-    assert kinds["text.mp3"] == kinds["empty.flac"] == kinds["song.m4a"] == kinds["self.ogg"] == kinds["pipe.wav"] == kinds["cut.flac"] == "unreadable"
+    for name in ("text.mp3", "empty.flac", "song.m4a", "self.ogg", "pipe.wav", "cut.flac"):
+        assert kinds[name] == "unreadable"
     assert kinds["short.wav"] == kinds["six.wav"] == "too short"
     assert kinds["zero.wav"] == "silent"
     assert rows["nan.wav", 10.0]["kind"] == "unreadable"
@@ -240,26 +368,102 @@ def test_any_number_of_workers_makes_the_same_bytes(music, corpus, tmp_path):
     assert contents(tmp_path / "again") == contents(corpus.path)
 
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(music, corpus, tmp_path):
-    out = tmp_path / "killed"
-    command = [sys.executable, "data.py", str(music), "--out", str(out), "--workers", "2"]
-    kills, index = 0, out / "index.jsonl"
-    for target in (1, 4, 9):  # lines of the index to wait for: it is killed as soon as they are there
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and (not index.exists() or index.read_bytes().count(b"\n") < target):
+def start_build(music, out, workers):
+    command = [sys.executable, "data.py", str(music), "--out", str(out), "--workers", str(workers)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def shards_of(out):
+    return {path: path.read_bytes() for path in out.glob("shards/*.jsonl") if path.name.count(".") == 1}
+
+
+def test_killed_at_any_moment_it_continues_to_the_same_bytes(music, corpus, tmp_path):
+    out, kept = tmp_path / "killed", {}
+    for target in (1, 3, 5):  # shards to wait for: it is killed as soon as they are there
+        process = start_build(music, out, 2)
+        while process.poll() is None and len(shards_of(out)) < target:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    with open(index, "ab") as file:  # and as if it had been killed in the middle of a line and of the frames before it
-        if b"totals" not in index.read_bytes():
-            file.write(b'{"file": "zz')
-            with open(out / "mel.f16", "ab") as mel:
-                mel.write(bytes(1234))
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{len(corpus)} clips" in done.stdout and "unreadable" in done.stdout and "train.py --data" in done.stdout
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+        process.communicate()
+        times = {path: path.stat().st_mtime_ns for path in shards_of(out)}
+        assert kept.items() <= times.items()  # a finished shard is not made again
+        kept = times
+    (out / "shards/2.99999.f16").write_bytes(bytes(1234))  # half a shard of a killed worker
+    process = start_build(music, out, 2)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert f"{len(corpus)} clips" in printed and "unreadable" in printed and "train.py --data" in printed
     assert contents(out) == contents(corpus.path)
+
+
+def test_two_builds_at_once_do_no_harm(music, corpus, tmp_path):
+    processes = [start_build(music, tmp_path / "shared", 2) for _ in range(2)]
+    for process in processes:
+        printed, errors = process.communicate()
+        assert process.returncode == 0, errors
+        assert f"{len(corpus)} clips" in printed
+    assert contents(tmp_path / "shared") == contents(corpus.path)
+
+
+def test_a_build_that_another_one_overtakes_opens_its_corpus(music, corpus, tmp_path, monkeypatch):
+    write_shards = data._write_shards
+
+    def overtaken(out, *arguments):
+        write_shards(out, *arguments)
+        shutil.copytree(corpus.path, out, dirs_exist_ok=True)
+        shutil.rmtree(out / "shards")
+        (out / "shards.json").unlink()
+
+    monkeypatch.setattr(data, "_write_shards", overtaken)
+    assert len(data.build_corpus(music, tmp_path / "slow", workers=2)) == len(corpus)
+    assert contents(tmp_path / "slow") == contents(corpus.path)
+
+
+def test_an_interrupted_build_is_not_continued_with_other_settings(music, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_join_shards", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            data.build_corpus(music, tmp_path / "out", workers=2)
+    with pytest.raises(ValueError, match="is not a corpus"):
+        data.Corpus(tmp_path / "out")
+    with pytest.raises(ValueError, match="clip_seconds 10.0 and not 5.0"):
+        data.build_corpus(music, tmp_path / "out", clip_seconds=5.0)
+
+
+def test_a_build_killed_while_it_removed_its_shards_is_finished_by_the_next(music, corpus, copy):
+    (copy / "shards").mkdir()
+    (copy / "shards/3.f16").write_bytes(bytes(100))
+    (copy / "shards.json").write_text(json.dumps(corpus.settings))
+    data.build_corpus(music, copy)
+    assert contents(copy) == contents(corpus.path)
+
+
+def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(music, tmp_path):
+    (tmp_path / "mine/shards").mkdir(parents=True)
+    (tmp_path / "mine/shards/song.txt").write_text("a song")
+    with pytest.raises(ValueError, match="not a corpus"):
+        data.build_corpus(music, tmp_path / "mine")
+    assert (tmp_path / "mine/shards/song.txt").read_text() == "a song"
+
+
+def test_shards_are_consecutive_files_of_about_one_size(tmp_path, monkeypatch):
+    folder = tmp_path / "music"
+    folder.mkdir()
+    for i in range(200):
+        (folder / f"{i:03}.wav").write_bytes(bytes(100 if i != 50 else 5000))
+    built = {}
+    monkeypatch.setattr(data, "_build", lambda out, settings, shards, *_: built.update(shards=shards))
+    data.build_corpus(folder, tmp_path / "out")
+    names = [[name for name, _ in shard] for shard in built["shards"]]
+    assert sum(names, []) == data.audio_files(folder)
+    assert max(len(shard) for shard in names) == 4 and len(names) > 50  # 24,900 bytes / 64 is 389
+    monkeypatch.setattr(data, "SHARD_BYTES", 200)
+    data.build_corpus(folder, tmp_path / "out")
+    assert max(len(shard) for shard in built["shards"]) == 2
 
 
 def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path):
@@ -291,52 +495,69 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path):
         data.build_corpus(tmp_path / "nothing", tmp_path / "x", workers=1)
 
 
-@pytest.mark.parametrize("size", [0, 100_000, -256, 10**7])
-def test_the_command_that_built_a_corpus_mends_it(music, corpus, tmp_path, size):
-    for name, content in contents(corpus.path).items():
-        (tmp_path / name).write_bytes(content)
-    os.truncate(tmp_path / "mel.f16", size if size >= 0 else corpus.mel.nbytes + size)  # the last: longer than it was
-    with pytest.raises(ValueError, match="the command that built it mends it"):
-        data.Corpus(tmp_path)
-    data.build_corpus(music, tmp_path, workers=1)
-    assert contents(tmp_path) == contents(corpus.path)
+@pytest.fixture
+def copy(corpus, tmp_path):
+    """A copy of the corpus that may be damaged."""
+    shutil.copytree(corpus.path, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
-def test_a_corpus_that_lost_its_tail_or_is_not_finished_is_a_sentence(corpus, tmp_path):
-    for name, content in contents(corpus.path).items():
-        (tmp_path / name).write_bytes(content)
-    opened = data.Corpus(tmp_path)
-    assert len(opened) == len(corpus)
-    loaded = data.Corpus(tmp_path).to("cpu")
-    os.truncate(tmp_path / "mel.f16", 100_000)
-    with pytest.raises(ValueError, match="has lost its tail"):  # and not the end of the process
-        opened.pairs(range(len(opened)))
-    assert torch.equal(loaded.pairs([0, 1], torch.Generator().manual_seed(0)), corpus.pairs([0, 1], torch.Generator().manual_seed(0)))
-    with pytest.raises(ValueError, match="100,000 bytes"):
-        data.Corpus(tmp_path)
-    lines = (tmp_path / "index.jsonl").read_bytes().splitlines(keepends=True)
-    (tmp_path / "index.jsonl").write_bytes(b"".join(lines[:-1]))
+@pytest.mark.parametrize("change", [-10**9, -256, 256])
+def test_a_corpus_whose_sizes_disagree_is_to_be_built_again(music, corpus, copy, change):
+    os.truncate(copy / "mel.f16", max(0, corpus.mel.nbytes + change))
+    with pytest.raises(ValueError, match="delete .* and build it again"):
+        data.Corpus(copy)
+    with pytest.raises(ValueError, match="delete .* and build it again"):
+        data.build_corpus(music, copy, workers=1)
+    shutil.rmtree(copy)
+    data.build_corpus(music, copy, workers=1)
+    assert contents(copy) == contents(corpus.path)
+
+
+def test_a_corpus_that_is_truncated_while_it_is_open_is_an_error(corpus, copy):
+    opened, loaded = data.Corpus(copy), data.Corpus(copy).to("cpu")
+    os.truncate(copy / "mel.f16", 100_000)
+    with pytest.raises(ValueError, match="was truncated"):  # and not the end of the process
+        opened.sample_pairs(range(len(opened)))
+    pairs = [c.sample_pairs([0, 1], torch.Generator().manual_seed(0)) for c in (loaded, corpus)]
+    assert torch.equal(*pairs)
+
+
+def test_an_unfinished_or_junk_index_is_an_error(music, copy, tmp_path):
+    lines = (copy / "index.jsonl").read_bytes().splitlines(keepends=True)
+    (copy / "index.jsonl").write_bytes(b"".join(lines[:-1]))
     with pytest.raises(ValueError, match="not finished"):
-        data.Corpus(tmp_path)
+        data.Corpus(copy)
+    junks = [b"junk", b"\xff\xfe\0", b"[1, 2]\n", b"7"]
+    junks += [lines[0] + line for line in (b"{}\n", b"[[1]]", lines[1][:20])]
+    for junk in junks:
+        (copy / "index.jsonl").write_bytes(junk)
+        with pytest.raises(ValueError, match="copy/index.jsonl is damaged"):
+            data.Corpus(copy)
+        with pytest.raises(ValueError, match="copy/index.jsonl is damaged"):
+            data.build_corpus(music, copy)
     with pytest.raises(ValueError, match="is not a corpus"):
         data.Corpus(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("arguments", [["missing"], [".", "--clip-seconds", "1"]])
 def test_mistakes_on_the_command_line_are_one_sentence(tmp_path, arguments):
-    done = subprocess.run([sys.executable, ROOT / "data.py", *arguments], cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, ROOT / "data.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith("data.py: ") and done.stderr.count("\n") == 1
 
 
-# --- pairs -----------------------------------------------------------------------------------------------------------
+# --- pairs --------------------------------------------------------------------------------------------------
 
 
 def fake_corpus(frames, tmp_path):
     """A corpus in which row r holds the number r in every band, so that a segment tells where it was read."""
     rows = sum(frames)
-    (tmp_path / "mel.f16").write_bytes(np.repeat(np.arange(rows, dtype=np.float16)[:, None], 128, axis=1).tobytes())
-    entries = [{"made": "by hand"}, {"file": "x", "clips": [[0.0, n] for n in frames], "left_out": []}, {"totals": {}}]
+    mel = np.repeat(np.arange(rows, dtype=np.float16)[:, None], 128, axis=1)
+    (tmp_path / "mel.f16").write_bytes(mel.tobytes())
+    entry = {"file": "x", "clips": [[0.0, n] for n in frames], "skipped": []}
+    entries = [{"made": "by hand"}, entry, {"totals": {}}]
     (tmp_path / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return data.Corpus(tmp_path)
 
@@ -365,16 +586,20 @@ def test_pairs_are_uniform_inside_their_clips_and_independent(tmp_path):
 
 def test_pairs_are_the_same_from_map_and_memory_and_in_parts(corpus):
     ids = torch.arange(len(corpus))
-    draw = lambda c, **k: torch.stack(c.sample_pairs(ids, torch.Generator().manual_seed(3), **k))
+
+    def draw(corpus, part=slice(None)):
+        return corpus.sample_pairs(ids, torch.Generator().manual_seed(3), part)
+
     mapped = draw(corpus)
+    assert mapped.shape == (2, len(corpus), 128, 96)
     assert torch.equal(mapped, draw(data.Corpus(corpus.path).to("cpu")))
-    assert torch.equal(mapped[:, 2:5], draw(corpus, part=slice(2, 5)))
+    assert torch.equal(mapped[:, 2:5], draw(corpus, slice(2, 5)))
     assert not torch.equal(mapped[0], mapped[1])
     for view in corpus.sample_pairs(torch.tensor([0])):  # without a generator
         assert view.shape == (1, 128, 96)
 
 
-# --- the embedded music ----------------------------------------------------------------------------------------------
+# --- the embedded music -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -395,13 +620,14 @@ def test_labels_and_levels(embedded):
     waves, labels = embedded
     assert waves.shape == (120, 160_000) and waves.dtype == torch.float32 and waves.isfinite().all()
     assert labels["key"].unique().numel() >= 20 and 0 <= labels["key"].min() and labels["key"].max() < 24
-    assert labels["style"].unique().numel() == len(data.STYLES) >= 10
-    assert labels["tags"].shape == (120, len(data.TAGS)) and len(data.TAGS) >= 12
+    assert labels["style"].unique().numel() == len(data.STYLES) >= 8
+    assert labels["tags"].shape == (120, len(data.TAGS)) and len(data.TAGS) >= 10
     assert ((labels["tags"] == 0) | (labels["tags"] == 1)).all()
     share = labels["tags"].mean(dim=0)
     assert (share > 0.03).all() and (share < 0.97).all()
     assert torch.equal(labels["tags"][:, data.TAGS.index("minor")], (labels["key"] >= 12).float())
-    assert labels["mood"].shape == (120, 2) and labels["mood"].abs().max() <= 1 and (labels["mood"].std(dim=0) > 0.3).all()
+    assert labels["mood"].shape == (120, 2) and labels["mood"].dtype == torch.float32
+    assert labels["mood"].abs().max() <= 1 and (labels["mood"].std(dim=0) > 0.3).all()
     level = 10 * waves.square().mean(dim=1).log10()  # dB
     assert level.min() >= -36.1 and level.max() <= -17.9 and level.std() > 3
 
@@ -412,11 +638,11 @@ def test_loudness_tells_neither_key_nor_style(embedded):
     for name in ("key", "style"):
         groups = [level[labels[name].numpy() == value] for value in labels[name].unique().numpy()]
         assert scipy.stats.f_oneway(*[group for group in groups if len(group) > 1]).pvalue > 0.01, name
-    assert scipy.stats.pearsonr(level, labels["mood"][:, 0].numpy()).pvalue < 0.05  # but arousal, as it should
+    assert scipy.stats.pearsonr(level, labels["mood"][:, 0].numpy()).pvalue < 0.05  # it is part of arousal
 
 
 def test_the_notes_are_in_the_key_that_the_label_says(embedded):
-    """Sound at the pitches of the scale, tonic at the bottom, must outweigh sound at the other five pitch classes."""
+    """The seven pitch classes of the scale have more power than the other five."""
     waves, labels = embedded
     spectrum = torch.fft.rfft(waves[:, : 2**17]).abs().numpy()
     frequency = np.fft.rfftfreq(2**17, 1 / 16_000)
