@@ -100,6 +100,25 @@ def test_key_score_is_mirex():
     assert accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 4])).item() == 0.75
 
 
+def test_every_kind_has_its_metrics_the_primary_one_first():
+    g = generator(3)
+    outputs = torch.randn(2, 50, 24, generator=g)
+    classes, numbers = torch.randint(24, (50,), generator=g), torch.randn(50, 24, generator=g)
+    chosen = torch.tensor([[max(range(24), key=row.__getitem__) for row in part] for part in outputs.tolist()])
+    for kind, targets, metrics in [
+        ("classes", classes, {"accuracy": accuracy(classes, chosen)}),
+        ("key", classes, {"weighted_key_score": weighted_key_score(classes, chosen), "accuracy": accuracy(classes, chosen)}),
+        ("tags", (numbers > 0).float(), {"roc_auc": roc_auc(numbers > 0, outputs),
+                                         "average_precision": average_precision(numbers > 0, outputs)}),
+        ("regression", numbers, {"r2": r2(numbers, outputs)}),
+    ]:  # fmt: skip
+        scores = probe.evaluate(kind, targets, outputs)
+        assert list(scores) == list(metrics) == list(probe.METRICS[kind])
+        assert all(torch.equal(scores[name], metrics[name]) for name in metrics)
+        assert probe.primary_metric(kind) == list(metrics)[0]
+        assert torch.equal(probe.primary_score(kind, targets, outputs), scores[probe.primary_metric(kind)])
+
+
 # --- the grid --------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +315,7 @@ def test_gtzan(tmp_path, folder, suffix):
     text(tmp_path / "lists/valid_filtered.txt", "hiphop/hiphop.00000.wav\r\n")
     text(tmp_path / "lists/test_filtered.txt", "jazz/jazz.00001.wav")  # blues.00030 is in none of the three: left out as faulty
     task = load_task("gtzan", tmp_path)
-    assert (task.name, task.kind, task.metrics, task.per_group) == ("gtzan", "classes", ("accuracy",), False)
+    assert (task.name, task.kind, task.per_group) == ("gtzan", "classes", False)
     assert task.names == ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "pop", "reggae", "rock")
     seen = [(clip.path.stem, clip.label, clip.split, clip.offset, clip.duration) for clip in task.clips]
     assert seen == [
@@ -361,7 +380,7 @@ def test_mtt(tmp_path):
     count = Counter(tag for _, _, chosen, _ in clips for tag in chosen)
     slow = [tag for n in range(100, 0, -1) for tag in tags if count[tag] == n][:50]
     assert slow[-1] == "zither" and "tag 100" in slow and "tag 20" not in slow  # the folder is as it is meant to be
-    assert (task.kind, task.metrics, task.names) == ("tags", ("roc_auc", "average_precision"), tuple(slow))
+    assert (task.kind, task.names) == ("tags", tuple(slow))
     kept = [clip for clip in clips if clip[0] not in ("35644", "55753", "57881", "60000")]
     assert [str(clip.path.relative_to(root)) for clip in task.clips] == [path for *_, path in kept]
     assert [clip.label for clip in task.clips] == [[float(tag in chosen) for tag in slow] for _, _, chosen, _ in kept]
@@ -472,7 +491,7 @@ def test_giantsteps_labels_and_clips(tmp_path):
     (key / "audio/94.LOFI.mp3").unlink()
     text(key / "audio/94.LOFI.mp3", "no sound at all")
     task = load_task("giantsteps", tmp_path)
-    assert (task.kind, task.names, task.metrics) == ("key", data.KEYS, ("weighted_key_score", "accuracy"))
+    assert (task.kind, task.names) == ("key", data.KEYS)
     assert task.per_group and task.published == {"train": 3687, "valid": 942, "test": 2406}
     seen = {}
     for clip in task.clips:
@@ -547,7 +566,7 @@ def test_emomusic(tmp_path, encoding):
         sound(tmp_path / f"emomusic/clips_45seconds/{i}.mp3")
     sound(tmp_path / "emomusic/clips_fulllength/5.mp3")  # another publication of it
     task = load_task("emomusic", tmp_path)
-    assert (task.kind, task.names, task.metrics) == ("regression", ("arousal", "valence"), ("r2", "r2 arousal", "r2 valence"))
+    assert (task.kind, task.names) == ("regression", ("arousal", "valence"))
     split = {"2": "valid", "3": "valid", "4": "train", "6": "valid", "7": "test", "8": "test"}
     assert {clip.group: clip.split for clip in task.clips} == split
     assert all((clip.path.name, clip.offset, clip.duration) == (f"{clip.group}.mp3", 0, None) for clip in task.clips)
@@ -563,7 +582,83 @@ def test_emomusic(tmp_path, encoding):
         load_task("emomusic", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mtt", "emomusic"])
+# --- TinySOL -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["audio", "TinySOL/audio"])
+def test_tinysol(tmp_path, folder):
+    notes = [  # path, fold, abbreviation, full name, label, split
+        ("Brass/Bass_Tuba/ordinario/BTb-ord-F#1-pp-N-N.wav", 0, "BTb", "Bass Tuba", 0, "valid"),
+        ("Strings/Violin/ordinario/Vn-ord-D4-ff-3c-N.wav", 1, "Vn", "Violin", 8, "test"),
+        ("Strings/Viola/ordinario/Va-ord-C4-ff-3c-N.wav", 2, "Va", "Viola", 7, "train"),
+        ("Keyboards/Accordion/ordinario/Acc-ord-C4-ff-N-T8u.wav", 3, "Acc", "Accordion", 4, "train"),
+        ("Winds/Oboe/ordinario/Ob-ord-C5-mf-N-N.wav", 4, "Ob", "Oboe", 13, "train"),
+        ("Winds/Flute/ordinario/Fl-ord-C5-mf-N-N.wav", 4, "Fl", "Flute", 12, "train"),  # this file is not there
+    ]
+    header = "Path,Fold,Family,Instrument (abbr.),Instrument (in full),Technique (abbr.),Pitch"
+    rows = [f"{path},{fold},{path.split('/')[0]},{short},{full},ord,C4" for path, fold, short, full, *_ in notes]
+    text(tmp_path / "annotation/TinySOL_metadata.csv", "\r\n".join([header, *rows]))
+    for path, *_ in notes[:-1]:
+        sound(tmp_path / folder / path)
+    task = load_task("tinysol", tmp_path)
+    assert (task.name, task.kind, len(task.names), task.per_group) == ("tinysol", "classes", 14, False)
+    assert task.missing == [notes[-1][0]]
+    for clip, (path, _, short, _, label, split) in itertools.zip_longest(task.clips, notes[:-1]):
+        assert (clip.path, clip.offset, clip.duration) == (tmp_path / folder / path, 0, None)
+        assert (clip.label, clip.split, task.names[clip.label]) == (label, split, short)
+    assert len({clip.group for clip in task.clips}) == 5
+    for row in ("Brass/x.wav,5,Brass,BTb,Bass Tuba", "Brass/x.wav,0,Brass,Pno,Piano"):
+        text(tmp_path / "annotation/TinySOL_metadata.csv", f"{header}\n{row}")
+        with pytest.raises(ValueError, match="TinySOL_metadata.csv, line 2: '.' is no fold or '...' no instrument"):
+            load_task("tinysol", tmp_path)
+
+
+# --- Beatport EDM Key --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["", "Beatport EDM Key"])
+def test_beatport(tmp_path, folder):
+    root = tmp_path / folder
+    rows = [(100 + i, ("D minor", "Eb major", "D# major ")[i % 3]) for i in range(45)]  # D# major is Eb major
+    rows += [(200, "F minor"), (201, "C major\n"), (202, "C major"), (203, " B  minor")]
+    unused = [(300, "F minor | Ab major"), (301, "X"), (302, "unknown"), (303, "F other"), (304, "F minor phrygian")]
+    unused += [(305, ""), (306, "minor"), (307, "E")]
+    sound(tmp_path / "one.mp3", 0.3)
+    (root / "audio").mkdir(parents=True)
+    for number, key in rows + unused:
+        stem = f"{number} Lindstrøm, J. - Vol. {number} (Original Mix)"
+        text(root / f"keys/{stem}.txt", key)
+        if number != 103:
+            stem = stem.replace("ø", "o\u0338") if number == 104 else stem  # another unpacker, other bytes
+            os.link(tmp_path / "one.mp3", root / f"audio/{stem}.mp3")
+    text(root / "audio/._100 Lindstrøm.mp3", "")  # what a Mac leaves behind
+    text(root / "keys/._100 Lindstrøm.txt", "C major")
+    task = load_task("beatport", tmp_path)
+    assert (task.name, task.kind, task.names, task.per_group) == ("beatport", "key", data.KEYS, False)
+    assert task.missing == ["audio/103 Lindstrøm, J. - Vol. 103 (Original Mix).mp3"]
+
+    labels = {"D minor": 14, "Eb major": 3, "D# major ": 3, "F minor": 17, "C major\n": 0, "C major": 0, " B  minor": 23}
+    expected = {}
+    for label in range(24):
+        numbers = [str(number) for number, key in rows if labels[key] == label]
+        ranked = sorted(numbers, key=sha1)
+        tenth = {15: 2, 30: 3, 1: 1, 2: 1, 0: 0}[len(ranked)]
+        for rank, number in enumerate(ranked):
+            expected[number] = label, "test" if rank < tenth else "valid" if rank < 2 * tenth else "train"
+    assert Counter(split for _, split in expected.values()) == {"train": 35, "valid": 6, "test": 8}
+    del expected["103"]  # a missing file changes no other clip's split
+    assert {clip.group: (clip.label, clip.split) for clip in task.clips} == expected
+    for clip in task.clips:
+        assert (clip.offset, clip.duration) == (0, None) and clip.path.name.startswith(f"{clip.group} ")
+    assert "GiantSteps-MTG-Key" in task.note and "8 tracks" in task.note
+    for number, key in unused:
+        assert f"{number} ({key!r})" in task.note
+    (root / "keys").rename(root / "keys.zip")
+    with pytest.raises(ValueError, match="no keys below this folder.*1101082.*never train on one"):
+        load_task("beatport", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mtt", "emomusic", "tinysol"])
 def test_a_folder_without_the_tables(tmp_path, name):
     text(tmp_path / "readme.txt", "")
     with pytest.raises(ValueError, match=r"below this folder\. .*Where to get it: .*The folder holds: .*csv"):
@@ -609,7 +704,7 @@ def test_embedded_tasks():
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="'gtzam'.*gtzan, mtt, giantsteps, emomusic, synth-key.*csv"):
+    with pytest.raises(ValueError, match="'gtzam'.*gtzan, mtt, giantsteps, emomusic, tinysol, beatport, synth-key.*csv"):
         load_task("gtzam")
     with pytest.raises(ValueError, match="'ranking'.*classes, key, tags, regression"):
         load_task("labels.csv", kind="ranking")
@@ -637,7 +732,7 @@ def test_csv_classes(table, tmp_path):
     lines += ["clips/3.wav,rock,train,a", "clips/no.wav,only here,test,c,,"]
     for encoding in ("utf-8", "utf-8-sig"):
         task = load_task(table("path,label,split,group,offset,duration", *lines, encoding=encoding))
-        assert (task.name, task.kind, task.metrics) == ("my", "classes", ("accuracy",))
+        assert (task.name, task.kind) == ("my", "classes")
         assert task.names == ("Jazz", "only here", "rock", "é, b") and task.missing == ["clips/no.wav"]
         assert task.clips == [
             (tmp_path / "clips/0.wav", 1.5, 3.0, 2, "train", "a"),
@@ -659,20 +754,19 @@ def test_csv_other_kinds(table):
     lines = lambda *labels: [f"{line},{label}" for line, label in zip(three, labels)]
     task = load_task(table("path,split,label", *lines("C# minor", "Am", "Bb")), kind="key")
     assert (task.kind, task.names, [clip.label for clip in task.clips]) == ("key", data.KEYS, [13, 21, 10])
-    assert task.metrics == ("weighted_key_score", "accuracy")
     task = load_task(table("path,split,tags", *lines("loud|fast", "", "fast | soft|")))
-    assert (task.kind, task.names, task.metrics) == ("tags", ("fast", "loud", "soft"), ("roc_auc", "average_precision"))
+    assert (task.kind, task.names) == ("tags", ("fast", "loud", "soft"))
     assert [clip.label for clip in task.clips] == [[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [1.0, 0.0, 1.0]]
     task = load_task(table("path,split,label", *lines("loud|fast", "fast", "slow")), kind="tags")
     assert task.names == ("fast", "loud", "slow")
     task = load_task(table("path,split,tempo", *lines("100", "120", "150")))
-    assert (task.kind, task.names, task.metrics) == ("regression", ("tempo",), ("r2",))
+    assert (task.kind, task.names) == ("regression", ("tempo",))
     assert np.allclose([clip.label for clip in task.clips], [[-1], [1], [4]])
     task = load_task(table("path,split,label", *lines("100", "120", "150")), kind="regression")
     assert task.names == ("label",) and np.allclose(task.clips[2].label, [4])
     assert load_task(table("path,split,label", *lines("100", "120", "150"))).kind == "classes"
     task = load_task(table("path,split,x,y,offset,duration,group", *lines("1,5,0,3,g", "2,7,1,3,h", "3,-1e1,2,3,i")))
-    assert task.names == ("x", "y") and task.metrics == ("r2", "r2 x", "r2 y")
+    assert task.names == ("x", "y")
 
 
 @pytest.mark.parametrize("expected", [(1, 1, 1), (2, 1, 1), (8, 1, 1), (11, 2, 2), (24, 3, 3)])
@@ -695,12 +789,31 @@ def test_csv_groups_are_files_if_not_said(table):
     for clip in load_task(table("path,label,offset", *lines)).clips:
         assert split_of.setdefault(clip.path.name, clip.split) == clip.split
     assert set(split_of.values()) == {"train", "valid", "test"}
-    said = load_task(table("path,label,split", "clips/0.wav,a,train", "clips/0.wav,b,valid", "clips/0.wav,a,test"))
-    assert [clip.split for clip in said.clips] == ["train", "valid", "test"]  # one's own responsibility
     paths = [f"clips/{i}.wav" for i in range(30)]
     one = {clip.group: clip.split for clip in load_task(table("path,label", *(f"{p},{p[-5]}" for p in paths))).clips}
     order = sorted(paths, key=lambda p: hashlib.sha1(p.encode()).hexdigest())
     assert one == {p: "test" if i < 3 else "valid" if i < 6 else "train" for i, p in enumerate(order)}
+
+
+def test_csv_one_file_written_in_many_ways(table, tmp_path):
+    """Its clips are one group; the group's name, and so the split, is that of the plain relative path."""
+    (tmp_path / "link").symlink_to(tmp_path / "clips", target_is_directory=True)
+    ways = ["clips/{}.wav", "./clips/{}.wav", "clips/../clips/{}.wav", "clips//{}.wav", f"{tmp_path}/clips/{{}}.wav"]
+    plain = load_task(table("path,label", *(f"clips/{i}.wav,{'ab'[i % 2]}" for i in range(30))))
+    split_of = {clip.path.name: clip.split for clip in plain.clips}
+    for ways in (ways[:4], ways[3::-1], ways, ["link/{}.wav", *ways]):
+        lines = [f"{way.format(i)},{'ab'[i % 2]}" for way in ways for i in range(30)]
+        task = load_task(table("path,label", *lines))
+        assert len(task.clips) == len(lines) and len({(clip.path.name, clip.group) for clip in task.clips}) == 30
+        if len(ways) == 4:  # an absolute path comes first in the alphabet, and its name depends on the folder
+            assert all(clip.split == split_of[clip.path.name] for clip in task.clips)
+    split = ["clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test"]
+    for way in ("./clips/0.wav", "clips/../clips/0.wav", f"{tmp_path}/clips/0.wav", "link/0.wav"):
+        assert len(load_task(table("path,label,split", *split, f"{way},a,train")).clips) == 4
+        with pytest.raises(ValueError, match="line 5: test, but the same file .*clips/0.wav' is in train above"):
+            load_task(table("path,label,split", *split, f"{way},a,test"))
+    parts = [f"{line},song {i}" for i, line in enumerate(split)] + ["./clips/0.wav,a,test,song 3"]
+    assert [clip.split for clip in load_task(table("path,label,split,group", *parts)).clips][3] == "test"
 
 
 GOOD = ("clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test")
@@ -715,7 +828,7 @@ GOOD = ("clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test")
         (["path;label;split", "clips/0.wav;a;train"], None, r"no column 'path' in .*\['path;label;split'\] .*','"),
         (["path,split", "clips/0.wav,train"], None, "no column 'label', 'tags', or numbers"),
         (["path,mood,split", *GOOD], "classes", "no column 'label'"),
-        (["path,label,label", *GOOD], None, "the column 'label' is there twice"),
+        (["path,label,label", *GOOD], None, "a column is there twice .*'label', 'label'"),
         (["path,label,split", *GOOD, "clips/3.wav,a,eval"], None, "line 5: the split 'eval' is none of train, valid, test"),
         (["path,label,split", *GOOD, "clips/3.wav,a,"], None, "line 5: the split '' is none of"),
         (["path,label,split", *GOOD, "", "clips/3.wav,,train"], None, "line 6: no label"),
@@ -724,15 +837,15 @@ GOOD = ("clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test")
         (["path,mood,split", *GOOD], None, "line 2, mood: 'a' is not a number"),
         (["path,x,split", "clips/0.wav,1,train", "clips/1.wav,nan,valid"], None, "line 3, x: 'nan' is not a number"),
         (["path,x,split", "clips/0.wav,1,train", "clips/1.wav,,valid"], None, "line 3, x: '' is not a number"),
-        (["path,x,split", *["clips/0.wav,.1,train"] * 2, "clips/1.wav,.1,valid", "clips/2.wav,2,test"], None, "one value"),
+        (["path,x,split", *["clips/0.wav,.1,train"] * 2, "clips/1.wav,.1,valid", "clips/2.wav,2,test"], None, "fewer than two values"),
         (["path,label,split,offset", "clips/0.wav,a,train,x"], None, "line 2, offset: 'x' is not a number"),
         (["path,label,split,offset", "clips/0.wav,a,train,-1"], None, "line 2: the offset must not be negative"),
-        (["path,label,split,duration", "clips/0.wav,a,train,0"], None, "line 2: .*the duration be more than 0"),
+        (["path,label,split,duration", "clips/0.wav,a,train,0"], None, "line 2: .*the duration must be more than 0"),
         (["path,label,split", *GOOD], "key", "line 2: 'a' is not a key"),
         (["path,label,split", *GOOD[:2]], None, "no clips for test"),
         (["path,label", "clips/0.wav,a", "clips/1.wav,b"], None, "no clips for train; .*three groups"),
         (["path,label,split", *(line.replace(",b", ",a") for line in GOOD)], None, r"nothing to tell apart.*\['a'\]"),
-        (["path,tags,split", "clips/0.wav,,train", "clips/1.wav,,valid", "clips/2.wav,,test"], None, "holds no tag"),
+        (["path,tags,split", "clips/0.wav,,train", "clips/1.wav,,valid", "clips/2.wav,,test"], None, "nothing to tell apart.*no tag"),
         (["path,label,split,group", *map(",".join, zip(GOOD, "gjg"))], None, "line 4: test, .* 'g' is in train"),
         (["path,label,split", *GOOD, '"clips/3.wav,a,train'], None, "not a table in UTF-8"),
     ],
