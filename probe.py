@@ -215,7 +215,7 @@ def _files(root):
 
 
 def _sound(files, stem, name):
-    """The path of the sound file `stem`, in any format (many copies are converted), or else `name`, a str."""
+    """The path of the sound file `stem` in any format, since copies are often converted; else `name`."""
     for suffix in sorted(AUDIO_SUFFIXES):
         if stem + suffix in files:
             return files[stem + suffix]
@@ -345,7 +345,7 @@ def _mtt(files):
 
 
 def _validation_artists(tracks):
-    """Artists chosen by hash, and those who share a track with them in one of two passes over the tracks."""
+    """Artists chosen by hash, and those who share a track with them, in two passes over the tracks."""
     valid = {artist for artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
     for _ in range(2):
         for artists in tracks:
@@ -372,7 +372,7 @@ def _giantsteps(files):
     giantsteps-key-dataset/annotations/key/<ID>.LOFI.key; and, anywhere, the <ID>.LOFI.mp3 of both.
     """
     tracks = []
-    for _, row in _table(files["annotations/beatport_metadata.txt"], ("ID", "ARTIST"), "\t"):
+    for _, row in _table(files["beatport_metadata.txt"], ("ID", "ARTIST"), "\t"):
         tracks.append((row["ID"], {artist.strip().lower() for artist in row["ARTIST"].split(",")}))
     artists_of = dict(tracks)
     valid = _validation_artists([artists for _, artists in tracks])
@@ -446,24 +446,22 @@ def _beatport(files):
     The folder holds: audio/100066 Lindstrom - Monsteer (Original Mix).mp3 and so on, keys/ the same in .txt.
     All its IDs are in GiantSteps-MTG-Key too: never train on one of the two data sets and test on the other.
     """
-    sounds, tracks, unused = {}, [], []  # tracks: (ID, key, name of the sound file)
+    clips, unused = [], []
     for tail, path in files.items():
-        match = re.fullmatch(r"(audio|keys)/(\d+) [^/]*", tail)
-        if match and match[1] == "audio" and path.suffix.lower() in AUDIO_SUFFIXES:
-            sounds[match[2]] = path
-        elif match and match[1] == "keys" and path.suffix == ".txt":
-            text = path.read_text("utf-8-sig", "replace").strip()
-            if re.fullmatch(r"[A-G][#b]?\s+(major|minor)", text):
-                tracks.append((match[2], _key(text, path), f"audio/{path.stem}.mp3"))
-            else:
-                unused.append(f"{match[2]} ({text!r})")
+        match = re.fullmatch(r"keys/((\d+) [^/]*)\.txt", tail)
+        if not match:
+            continue
+        stem, number = match.groups()
+        text = path.read_text("utf-8-sig", "replace").strip()
+        if re.fullmatch(r"[A-G][#b]?\s+(major|minor)", text):
+            sound = _sound(files, f"audio/{stem}", f"audio/{stem}.mp3")
+            clips.append(Clip(sound, 0.0, None, _key(text, path), "", number))
+        else:
+            unused.append(f"{number} ({text!r})")
     split_of = {}
     for key in range(24):
-        split_of |= _ranked_splits(number for number, its_key, _ in tracks if its_key == key)
-    clips = []
-    for number, key, name in tracks:
-        path = sounds.get(number, name)  # by ID: programs unpack names that are not ASCII differently
-        clips.append(Clip(path, 0.0, None, key, split_of[number], number))
+        split_of |= _ranked_splits(clip.group for clip in clips if clip.label == key)
+    clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
     note = "All IDs are in GiantSteps-MTG-Key too: never train on one of these two and test on the other. "
     note += f"{len(unused)} tracks are not used, they have no single key: {', '.join(unused)}"
     return _task("beatport", "key", KEYS, clips, note=note)
@@ -472,10 +470,7 @@ def _beatport(files):
 DATASETS = {  # the reader, and the files and folders that it needs
     "gtzan": (_gtzan, [f"{split}_filtered.txt" for split in SPLITS]),
     "mtt": (_mtt, ["annotations_final.csv"]),
-    "giantsteps": (
-        _giantsteps,
-        ["annotations/annotations.txt", "annotations/beatport_metadata.txt", "annotations/key"],
-    ),
+    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "beatport_metadata.txt", "annotations/key"]),
     "emomusic": (_emomusic, ["songs_info.csv", "static_annotations.csv", "clips_45seconds"]),
     "tinysol": (_tinysol, ["TinySOL_metadata.csv"]),
     "beatport": (_beatport, ["audio", "keys"]),
@@ -486,8 +481,7 @@ SYNTH = {
     "synth-tags": ("tags", TAGS),
     "synth-mood": ("regression", ("arousal", "valence")),
 }
-# seed and number of clips; pre-training uses seed 0
-SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}
+SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed (training uses 0), clips
 
 
 def _label_columns(path, header, kind):
@@ -507,9 +501,9 @@ def _label_columns(path, header, kind):
     return kind, [column]
 
 
-def _own_clip(row, where, folder):
+def _own_clip(where, row, folder):
     """One row of a user's table as a Clip without label; split and group are as written, or None."""
-    split = row.get("split")
+    path, split = folder / row["path"], row.get("split")
     offset = _float(row.get("offset") or 0, f"{where}, offset")
     duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
     if not row["path"]:
@@ -518,12 +512,12 @@ def _own_clip(row, where, folder):
         raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"{where}: the offset must not be negative, and the duration must be more than 0")
-    return Clip(folder / row["path"], offset, duration, None, split, row.get("group"))
+    return Clip(path if path.is_file() else row["path"], offset, duration, None, split, row.get("group"))
 
 
-def _own_groups(rows, clips):
+def _own_groups(rows, clips, folder):
     """Clips without a group get the name of their file, the same one however a row writes its path."""
-    files = [os.path.realpath(clip.path) for clip in clips]
+    files = [os.path.realpath(folder / row["path"]) for _, row in rows]
     names = {}
     for file, (_, row) in zip(files, rows):
         name = Path(os.path.normpath(row["path"])).as_posix()
@@ -534,11 +528,11 @@ def _own_groups(rows, clips):
 def _own_splits(path, rows, clips):
     """Clips with the splits of a user's table, or else by rank of the groups. No group is in two splits."""
     split_of = {}
-    for (line, row), clip in zip(rows, clips):
+    for (where, row), clip in zip(rows, clips):
         other = split_of.setdefault(clip.group, clip.split)
         if clip.split != other:
             same = f"the same {'group' if row.get('group') else 'file'} {clip.group!r}"
-            raise ValueError(f"{path}, line {line}: {clip.split}, but {same} is in {other} above")
+            raise ValueError(f"{where}: {clip.split}, but {same} is in {other} above")
     if clips[0].split is None:
         split_of = _ranked_splits(split_of)
     for split in SPLITS:
@@ -550,16 +544,13 @@ def _own_splits(path, rows, clips):
 def _own_targets(path, rows, kind, columns):
     """The labels of a user's table as numbers, and the names of its classes, tags or targets."""
     if kind == "regression":
-        labels = []
-        for line, row in rows:
-            labels.append([_float(row[name], f"{path}, line {line}, {name}") for name in columns])
-        return labels, columns
+        return [[_float(row[name], f"{where}, {name}") for name in columns] for where, row in rows], columns
     column = columns[0]
-    for line, row in rows:
+    for where, row in rows:
         if kind != "tags" and not row[column]:
-            raise ValueError(f"{path}, line {line}: no {column}")
+            raise ValueError(f"{where}: no {column}")
     if kind == "key":
-        return [_key(row[column], f"{path}, line {line}") for line, row in rows], KEYS
+        return [_key(row[column], where) for where, row in rows], KEYS
     if kind == "tags":
         tags = [{tag.strip() for tag in row[column].split("|")} - {""} for _, row in rows]
         names = sorted(set().union(*tags))
@@ -574,19 +565,18 @@ def _own_targets(path, rows, kind, columns):
 
 def _own_labels(path, folder, kind):
     """The task in a user's own table, as `load_task` describes it; its paths are relative to `folder`."""
-    rows = list(_table(path, ("path",), strict=True)) if path.is_file() else []
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    rows = [(f"{path}, line {line}", row) for line, row in _table(path, ("path",), strict=True)]
     if not rows:
-        raise ValueError(f"{path}: no clips in it" if path.is_file() else f"{path}: there is no such file")
+        raise ValueError(f"{path}: no clips in it")
     kind, columns = _label_columns(path, list(rows[0][1]), kind)
-    clips = [_own_clip(row, f"{path}, line {line}", folder) for line, row in rows]
+    clips = [_own_clip(where, row, folder) for where, row in rows]
     labels, names = _own_targets(path, rows, kind, columns)
-    clips = _own_splits(path, rows, _own_groups(rows, clips))
+    clips = _own_splits(path, rows, _own_groups(rows, clips, folder))
     clips = [clip._replace(label=label) for clip, label in zip(clips, labels)]
     if kind == "regression":
         clips = _standardise(clips, path)
-    for i, (_, row) in enumerate(rows):
-        if not clips[i].path.is_file():
-            clips[i] = clips[i]._replace(path=row["path"])
     task = _task(path.stem, kind, names, clips)
     if not task.clips:
         advice = f"such as {folder / task.missing[0]}; paths are relative to {folder}"
@@ -599,14 +589,14 @@ def _dataset(name, root):
     reader, needed = DATASETS[name]
     files = _files(root)
     absent = [file for file in needed if file not in files]
-    problem = "there is no such folder"
-    if root.is_dir() and absent:
-        problem = f"no {' and no '.join(absent)} below this folder"
-    elif root.is_dir():
+    if not absent:
         task = reader(files)
         if task.clips:
             return task
-        problem = f"no sound that the labels name, such as {task.missing[:1]}, below this folder"
+        absent = [f"sound that the labels name, such as {task.missing[:1]},"]
+    problem = f"no {' and no '.join(absent)} below this folder"
+    if not root.is_dir():
+        problem = "there is no such folder"
     raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
 
 
