@@ -854,6 +854,8 @@ def test_csv_one_file_written_in_many_ways(table, tmp_path):
         task = load_task(table("path,label", *lines))
         assert len(task.clips) == len(lines)
         assert len({(clip.path.name, clip.group) for clip in task.clips}) == 30
+        again = load_task(table("path,label", *lines[::-1]))
+        assert {(c.group, c.split) for c in again.clips} == {(c.group, c.split) for c in task.clips}
         if len(ways) == 4:  # an absolute path comes first in the alphabet, and its name depends on the folder
             assert all(clip.split == split_of[clip.path.name] for clip in task.clips)
     split = ["clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test"]
