@@ -90,26 +90,6 @@ def test_r2_is_the_formula():
     assert r2(constant, constant).item() == 1 and r2(constant, constant + 0.1).item() == 0
 
 
-def test_key_score_is_mirex():
-    names = "C Db D Eb E F Gb G Ab A Bb B".split()
-    number = {f"{tonic} major": n for n, tonic in enumerate(names)}
-    number |= {f"{tonic} minor": 12 + n for n, tonic in enumerate(names)}
-    for target, estimate, score in [
-        ("C major", "C major", 1), ("C major", "G major", 0.5), ("G major", "C major", 0),
-        ("C major", "A minor", 0.3), ("A minor", "C major", 0.3), ("C major", "C minor", 0.2),
-        ("C minor", "C major", 0.2), ("E minor", "B minor", 0.5), ("B minor", "E minor", 0),
-        ("Eb minor", "Gb major", 0.3), ("Bb major", "F major", 0.5), ("C major", "E minor", 0),
-    ]:  # fmt: skip
-        assert weighted_key_score([number[target]], [number[estimate]]).item() == score, (target, estimate)
-    everything = torch.arange(24)
-    total = sum(weighted_key_score(everything, torch.full((24,), k)).item() for k in range(24))
-    assert total == pytest.approx(1 + 0.5 + 0.3 + 0.2)  # right, fifth, relative, parallel
-    both = torch.stack([everything, (everything + 12) % 24])
-    assert weighted_key_score(everything, both).tolist() == pytest.approx([1, 0.2])
-    assert accuracy(everything, both).tolist() == [1, 0]
-    assert accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 4])).item() == 0.75
-
-
 def test_every_kind_has_its_metrics_the_primary_one_first():
     g = generator(3)
     outputs = torch.randn(2, 50, 24, generator=g)
@@ -130,6 +110,26 @@ def test_every_kind_has_its_metrics_the_primary_one_first():
         assert all(torch.equal(scores[name], metrics[name]) for name in metrics)
         assert probe.primary_metric(kind) == list(metrics)[0]
         assert torch.equal(probe.primary_score(kind, targets, outputs), scores[probe.primary_metric(kind)])
+
+
+def test_key_score_is_mirex():
+    names = "C Db D Eb E F Gb G Ab A Bb B".split()
+    number = {f"{tonic} major": n for n, tonic in enumerate(names)}
+    number |= {f"{tonic} minor": 12 + n for n, tonic in enumerate(names)}
+    for target, estimate, score in [
+        ("C major", "C major", 1), ("C major", "G major", 0.5), ("G major", "C major", 0),
+        ("C major", "A minor", 0.3), ("A minor", "C major", 0.3), ("C major", "C minor", 0.2),
+        ("C minor", "C major", 0.2), ("E minor", "B minor", 0.5), ("B minor", "E minor", 0),
+        ("Eb minor", "Gb major", 0.3), ("Bb major", "F major", 0.5), ("C major", "E minor", 0),
+    ]:  # fmt: skip
+        assert weighted_key_score([number[target]], [number[estimate]]).item() == score, (target, estimate)
+    everything = torch.arange(24)
+    total = sum(weighted_key_score(everything, torch.full((24,), k)).item() for k in range(24))
+    assert total == pytest.approx(1 + 0.5 + 0.3 + 0.2)  # right, fifth, relative, parallel
+    both = torch.stack([everything, (everything + 12) % 24])
+    assert weighted_key_score(everything, both).tolist() == pytest.approx([1, 0.2])
+    assert accuracy(everything, both).tolist() == [1, 0]
+    assert accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 4])).item() == 0.75
 
 
 # --- the grid --------------------------------------------------------------------------------------------------------
