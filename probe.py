@@ -1,19 +1,20 @@
 """Stage 4 of Myna: labelled clips -> embeddings -> a grid of linear and MLP probes -> the task's metric.
 
-What does a frozen encoder know? Each clip of a labelled data set becomes one vector, the mean over its segments; small
-models, "probes", are trained on the vectors of the training split, 216 configurations of them side by side; the one that
-does best on the validation split is scored once on the test split (section 4.4 and Appendix C of the paper, after
-Castellon et al. 2021, "JukeMIR").
+A probe measures what a frozen encoder has learned. Each clip of a labelled data set becomes one vector, the
+mean over its segments. Small models, the probes, are trained on the vectors of the training split, in 216
+configurations. The configuration with the best score on the validation split is scored once on the test
+split (section 4.4 and Appendix C of the paper, after Castellon et al. 2021, "JukeMIR").
 
-    python probe.py                                          the newest checkpoint under runs/ on the embedded music's keys
-    python probe.py --task gtzan                             a data set under datasets/gtzan; also mtt, giantsteps, emomusic
+    python probe.py                                          newest checkpoint in runs/, embedded music's keys
+    python probe.py --task gtzan                             a data set in datasets/gtzan; DATASETS lists them
     python probe.py --task my_labels.csv                     your own labelled clips
-    python probe.py --task gtzan --features mfcc             what a hand-made feature knows; also chroma, --checkpoint random
-    python probe.py --embed MUSIC_FOLDER --out vectors.npz   just the embeddings, one row a file
+    python probe.py --task gtzan --features mfcc             a hand-made feature; also --checkpoint random
+    python probe.py --embed MUSIC_FOLDER --out vectors.npz   only the embeddings, one row per file
 
-The authors' evaluation code differs from the protocol that the paper names, and from this file, in five things: it picks
-the configuration by its test score, standardises each split by its own statistics, has no dropout on the input, looks at
-the validation split once an epoch, and chooses taggers by average precision. Table 1 may be a little optimistic for it.
+The authors' evaluation code differs from the protocol that the paper names, and from this file: it chooses
+the configuration by its test score, standardises each split by its own statistics, uses no dropout on the
+input, checks the validation split once an epoch, and chooses taggers by average precision. Because of the
+first point, the scores in Table 1 of the paper may be slightly too high.
 """
 
 import argparse
@@ -43,149 +44,163 @@ import data
 from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics. All take (targets, predictions), tensors or arrays, and compute in float64; predictions may have leading axes, one
-# entry for each configuration of a grid.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Metrics
+#
+# All take (targets, predictions), tensors or arrays, and compute in float64. Predictions may have leading
+# axes, one entry for each configuration of a grid.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def accuracy(targets, predictions):
-    """Share of right class numbers: targets (n,), predictions (..., n)."""
+    """Share of correct class numbers: targets (n,), predictions (..., n)."""
     targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
     return (predictions == targets).double().mean(dim=-1)
 
 
 def weighted_key_score(targets, predictions):
-    """MIREX's key score of class numbers 0..11 C to B major, 12..23 C to B minor: targets (n,), predictions (..., n).
+    """MIREX's key score, which gives part of the score to related keys: targets (n,), predictions (..., n).
 
-    Same key 1; a perfect fifth above the target with its mode 0.5; relative major or minor 0.3; parallel 0.2 (mir_eval's).
+    Keys are numbered 0..11 C to B major, 12..23 C to B minor. The same key scores 1, a perfect fifth above
+    the target with the same mode 0.5, the relative major or minor 0.3, the parallel one 0.2 (as mir_eval).
     """
     targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
     same_mode = targets // 12 == predictions // 12
-    up = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
+    interval = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
     relative = torch.where(targets < 12, 9, 3)  # A minor is nine above C major, C major three above A minor
-    exact, fifth = (up == 0).double(), (up == 7).double()
-    score = torch.where(same_mode, exact + 0.5 * fifth, 0.2 * exact + 0.3 * (up == relative).double())
-    return score.mean(dim=-1)
+    same_mode_score = (interval == 0).double() + 0.5 * (interval == 7).double()
+    other_mode_score = 0.2 * (interval == 0).double() + 0.3 * (interval == relative).double()
+    return torch.where(same_mode, same_mode_score, other_mode_score).mean(dim=-1)
 
 
-def _by_column(targets, scores):
-    """Targets and scores as columns sorted by score, and the first and last place that each score shares: (..., T, n)."""
+def _sort_by_score(targets, scores):
+    """Targets (..., T, n) sorted by score, and for each place where its score begins and ends."""
     targets, scores = torch.as_tensor(targets).double(), torch.as_tensor(scores).double()
-    scores, order = scores.transpose(-1, -2).contiguous().sort(dim=-1)
+    scores, order = scores.transpose(-1, -2).contiguous().sort(dim=-1)  # (..., T, n)
     targets = targets.T.expand_as(scores).gather(-1, order)
-    return targets, torch.searchsorted(scores, scores), torch.searchsorted(scores, scores, right=True)
+    first = torch.searchsorted(scores, scores)
+    end = torch.searchsorted(scores, scores, right=True)
+    return targets, first, end
 
 
 def roc_auc(targets, scores, average=True):
-    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+    """Area under the ROC curve: the chance that a positive scores above a negative; a tie counts half.
 
-    targets (n, T) of 0 and 1, scores (..., n, T). Mean over the tags that have both classes (no other has a curve); with
-    `average=False` all T of them, nan where there is no curve.
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over the tags that have positives and negatives; with
+    `average=False` one value for each of the T tags, nan for a tag without both.
     """
-    positive, first, last = _by_column(targets, scores)
-    ranks = (first + last + 1) / 2.0  # from 1, equal scores sharing the mean of their places
-    p = positive.sum(dim=-1)
-    n = positive.shape[-1] - p
-    area = ((ranks * positive).sum(dim=-1) - p * (p + 1) / 2) / (p * n)  # (..., T), 0 / 0 without both classes
+    positive, first, end = _sort_by_score(targets, scores)
+    ranks = (first + end + 1) / 2.0  # from 1; equal scores share the mean of their ranks
+    positives = positive.sum(dim=-1)
+    negatives = positive.shape[-1] - positives
+    pairs_won = (ranks * positive).sum(dim=-1) - positives * (positives + 1) / 2
+    area = pairs_won / (positives * negatives)  # (..., T), 0 / 0 = nan for a tag without both
     return area.nanmean(dim=-1) if average else area
 
 
 def average_precision(targets, scores, average=True):
-    """Area under the precision-recall curve as a sum of steps, equal scores being one threshold (sklearn's).
+    """Area under the precision-recall curve as a sum of steps; equal scores are one threshold (as sklearn).
 
-    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags, one without a positive counting 0 as in sklearn.
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags; a tag without positives counts 0.
     """
-    positive, first, _ = _by_column(targets, scores)
-    p = positive.sum(dim=-1, keepdim=True)
-    above = F.pad(p - positive.cumsum(dim=-1), (1, 0), value=0.0)  # positives above each place ...
-    above[..., :1] = p
-    precision = above.gather(-1, first) / (positive.shape[-1] - first)  # ... at the threshold of each score
-    area = (precision * positive).sum(dim=-1) / p.squeeze(-1).clamp(min=1)
+    positive, first, _ = _sort_by_score(targets, scores)
+    positives = positive.sum(dim=-1, keepdim=True)
+    below = positive.cumsum(dim=-1) - positive  # positives at lower places
+    found = (positives - below).gather(-1, first)  # positives that score at least as much as each place
+    precision = found / (positive.shape[-1] - first)
+    area = (precision * positive).sum(dim=-1) / positives.squeeze(-1).clamp(min=1)
     return area.mean(dim=-1) if average else area
 
 
 def r2(targets, predictions, average=True):
     """Coefficient of determination: targets (n, T), predictions (..., n, T). Mean over the T targets.
 
-    A constant target gives 1 when it is met exactly and 0 otherwise (sklearn's).
+    For a target that is constant, 1 where the prediction equals it and 0 otherwise (as sklearn).
     """
     targets, predictions = torch.as_tensor(targets).double(), torch.as_tensor(predictions).double()
     if targets.ndim == 1:
         targets, predictions = targets[:, None], predictions[..., None]
     residual = (targets - predictions).square().sum(dim=-2)
     total = (targets - targets.mean(dim=0)).square().sum(dim=0)
-    score = torch.where(total == 0, (residual == 0).double(), 1 - residual / total.where(total != 0, 1.0))
+    constant_score = (residual == 0).double()
+    score = torch.where(total == 0, constant_score, 1 - residual / total.where(total != 0, 1.0))
     return score.mean(dim=-1) if average else score
 
 
-METRICS = {  # of a kind of task, the primary one first; regression on several targets adds the r2 of each
-    "classes": ("accuracy",),
-    "key": ("weighted_key_score", "accuracy"),
-    "tags": ("roc_auc", "average_precision"),
-    "regression": ("r2",),
+METRICS = {  # kind of task -> its metrics, the primary one first
+    "classes": {"accuracy": accuracy},
+    "key": {"weighted_key_score": weighted_key_score, "accuracy": accuracy},
+    "tags": {"roc_auc": roc_auc, "average_precision": average_precision},
+    "regression": {"r2": r2},
 }
 
 
+def primary_metric(kind):
+    """Name of the metric that early stopping and the choice of the configuration use."""
+    return next(iter(METRICS[kind]))
+
+
+def _predictions(kind, outputs):
+    """What the metrics compare with the targets: class numbers (..., n), or the outputs (..., n, C)."""
+    return outputs.argmax(dim=-1) if kind in ("classes", "key") else outputs
+
+
 def evaluate(kind, targets, outputs):
-    """Every metric of a kind of task from a probe's outputs (..., n, C), probabilities or values, the primary one first."""
-    if kind == "tags":
-        return {"roc_auc": roc_auc(targets, outputs), "average_precision": average_precision(targets, outputs)}
-    if kind == "regression":
-        return {"r2": r2(targets, outputs)}
-    classes = outputs.argmax(dim=-1)
-    scores = {"accuracy": accuracy(targets, classes)}
-    return {"weighted_key_score": weighted_key_score(targets, classes), **scores} if kind == "key" else scores
+    """{name: score} for a probe's outputs (..., n, C), probabilities or values; the primary metric first."""
+    predictions = _predictions(kind, outputs)
+    return {name: metric(targets, predictions) for name, metric in METRICS[kind].items()}
 
 
 def primary_score(kind, targets, outputs):
     """The primary metric of `evaluate` alone."""
-    return roc_auc(targets, outputs) if kind == "tags" else evaluate(kind, targets, outputs)[METRICS[kind][0]]
+    return METRICS[kind][primary_metric(kind)](targets, _predictions(kind, outputs))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tasks: labelled clips
 #
-# A task is data: clips with labels and splits, and the metric. The data sets are read as their publishers lay them out,
-# below whatever extra folders, with the splits of Castellon et al. (2021). A fifth one is one function and one line in
-# DATASETS; its docstring says where to get it and how the folder should look, and is shown when something isn't there.
-# ----------------------------------------------------------------------------------------------------------------------
+# Each data set is read from the files that its publisher distributes; extra folders above them do not matter.
+# A new data set is one function and one line in DATASETS. The docstring of the function says where to get the
+# data and how the folder must look; it is shown to users when something is missing.
+# ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
 
 
 class Clip(NamedTuple):
-    """What carries a label: a piece of a sound file."""
+    """A labelled piece of a sound file."""
 
-    path: Path | tuple  # of the embedded music the pair (seed, number)
+    path: Path | tuple  # for the embedded music the pair (seed, number); while reading, str: a missing file
     offset: float  # seconds
     duration: float | None  # seconds; None: to the end
-    label: object  # class number, list of 0.0 and 1.0, or list of numbers; None: comes with the rendered sound
+    label: object  # class number, list of 0.0 and 1.0, or list of numbers; None: made with the sound
     split: str  # "train", "valid", "test"
-    group: str  # song, artist, ...; never in two splits
+    group: str  # song, artist, ...; all clips of a group are in one split
 
 
 @dataclass
 class Task:
-    """Clips with their labels and splits, and how predictions for them are scored."""
+    """Labelled clips, and the kind of their labels, which decides the metrics."""
 
     name: str
     kind: str  # "classes", "key", "tags", "regression"
     names: tuple  # of the classes, tags or targets
     clips: list[Clip]
-    metrics: tuple  # names, the primary one first
-    missing: list[str]  # files that the labels name and the disk does not hold
+    missing: list[str]  # files that the labels name and that do not exist
     per_group: bool = False  # average the predicted probabilities over a group before scoring
     published: dict | None = None  # clips per split, as published
+    note: str = ""  # what a user should know before using the scores
 
 
-def _task(name, kind, names, clips, missing, **more):
-    each = tuple(f"r2 {target}" for target in names) if kind == "regression" and len(names) > 1 else ()
-    return Task(name, kind, tuple(names), clips, METRICS[kind] + each, missing, **more)
+def _task(name, kind, names, clips, **more):
+    """The Task of the clips whose files exist; the others are listed as missing."""
+    missing = dict.fromkeys(clip.path for clip in clips if isinstance(clip.path, str))
+    present = [clip for clip in clips if not isinstance(clip.path, str)]
+    return Task(name, kind, tuple(names), present, list(missing), **more)
 
 
 def _files(root):
-    """All files and folders down to six levels below `root`: the last one, two or three parts of a path -> the path."""
+    """{last one, two or three parts of a path: path} for all files and folders, up to six levels deep."""
     found = {}
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
@@ -194,66 +209,91 @@ def _files(root):
             parts = (*above, name)
             for count in (1, 2, 3):
                 found.setdefault("/".join(parts[-count:]), Path(folder, name))
-        if len(above) == 5:  # ends links that lead back up, too
+        if len(above) == 5:  # this also ends links that lead back up
             folders.clear()
     return found
 
 
-def _sound(files, stem):
-    """The sound file of that name in any format, or None: those who re-publish data sets convert them."""
-    return next((files[stem + suffix] for suffix in sorted(AUDIO_SUFFIXES) if stem + suffix in files), None)
+def _sound(files, stem, name):
+    """The path of the sound file `stem` in any format, since copies are often converted; else `name`."""
+    for suffix in sorted(AUDIO_SUFFIXES):
+        if stem + suffix in files:
+            return files[stem + suffix]
+    return name
 
 
 def _table(path, columns, delimiter=",", strict=False):
-    """The rows of a table that must have `columns`: pairs (line number, {column: field}), all stripped, no blank rows.
+    """The rows of a table that must have `columns`, as pairs (line number, {column: field}); no blank rows.
 
-    A publisher's file is taken as it comes; `strict`, whatever is not quite right with somebody's own is a ValueError.
+    With `strict`, for a user's table, a malformed table is a ValueError; a published one is read as it is.
     """
+    lines = []
     with open(path, newline="", encoding="utf-8-sig", errors="strict" if strict else "replace") as file:
-        rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
         try:
-            header = [field.strip() for field in next(rows, [])]
-            if absent := [column for column in columns if column not in header]:
-                raise ValueError(f"{path}: no column {absent[0]!r} in the first line, {header} (separator: {delimiter!r})")
-            if strict and len(set(header)) < len(header):
-                raise ValueError(f"{path}: the column {max(header, key=header.count)!r} is there twice")
-            for fields in rows:
-                if strict and len(fields) > len(header):
-                    raise ValueError(f"{path}, line {rows.line_num}: {len(fields)} fields for {len(header)} columns")
-                if any(fields := [field.strip() for field in fields]):
-                    yield rows.line_num, dict(itertools.zip_longest(header, fields, fillvalue=""))
+            for fields in reader:
+                lines.append((reader.line_num, [field.strip() for field in fields]))
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}, after line {rows.line_num}: not a table in UTF-8 ({error})") from error
+            line = reader.line_num
+            raise ValueError(f"{path}, after line {line}: not a table in UTF-8 ({error})") from error
+    header = lines.pop(0)[1] if lines else []
+    for column in columns:
+        if column not in header:
+            raise ValueError(f"{path}: no column {column!r} in the first line, {header} (at {delimiter!r})")
+    if strict and len(set(header)) < len(header):
+        raise ValueError(f"{path}: a column is there twice in the first line, {header}")
+    for line, fields in lines:
+        if strict and len(fields) > len(header):
+            raise ValueError(f"{path}, line {line}: {len(fields)} fields for {len(header)} columns")
+        if any(fields):
+            yield line, dict(itertools.zip_longest(header, fields, fillvalue=""))
 
 
 def _float(text, where):
+    """The finite number in a field; `where` begins the message of the ValueError."""
     try:
-        if math.isfinite(number := float(text)):
-            return number
+        number = float(text)
     except ValueError:
-        pass
-    raise ValueError(f"{where}: {text!r} is not a number")
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: {text!r} is not a number")
+    return number
 
 
 def _key(text, where):
-    """Class number of a key, 0..11 C to B major, 12..23 C to B minor: "Db major", "C# minor", "Bb:min", "F#m", "E"."""
-    parts = re.fullmatch(r"([A-G])([#b♯♭]?)\s*:?\s*(?:(m|(?i:min|minor))|M|(?i:maj|major)|)", text.strip())
-    if not parts:
+    """Number (0..23) of a key that is written as "Db major", "C# minor", "Bb:min", "F#m", "E" or the like."""
+    pattern = r"([A-G])([#b♯♭]?)\s*:?\s*(?:(m|(?i:min|minor))|M|(?i:maj|major)|)"
+    match = re.fullmatch(pattern, text.strip())
+    if not match:
         raise ValueError(f"{where}: {text!r} is not a key such as 'Db major' or 'C# minor'")
-    pitch = "C D EF G A B".index(parts[1]) + {"": 0, "#": 1, "♯": 1}.get(parts[2], -1)
-    return pitch % 12 + 12 * bool(parts[3])
+    letter, sign, minor = match.groups()
+    tonic = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[letter]
+    tonic += {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}[sign]
+    return tonic % 12 + (12 if minor else 0)
 
 
 def _sha1(text):
+    """The SHA-1 of a text as an integer: a random-looking number that is the same on every machine."""
     return int(hashlib.sha1(text.encode()).hexdigest(), 16)
 
 
+def _ranked_splits(groups):
+    """{group: split} by rank of the SHA-1: a tenth test, a tenth valid, at least one each, the rest train.
+
+    A new group changes the split of few others.
+    """
+    ranked = sorted(set(groups), key=_sha1)
+    tenth = max(1, round(len(ranked) / 10))
+    test, valid = ranked[:tenth], ranked[tenth : 2 * tenth]
+    return dict.fromkeys(ranked, "train") | dict.fromkeys(valid, "valid") | dict.fromkeys(test, "test")
+
+
 def _standardise(clips, where):
-    """Targets to (target - mean) / deviation, both over the development songs: train and valid."""
-    targets = np.array([clip.label for clip in clips])
+    """Subtract from each target its mean and divide by its standard deviation, both over train and valid."""
+    targets = np.array([clip.label for clip in clips])  # (n, T)
     development = targets[[clip.split != "test" for clip in clips]]
     if not len(development) or not np.ptp(development, axis=0).all():
-        raise ValueError(f"{where}: a target has one value, or none, in all of train and valid")
+        raise ValueError(f"{where}: a target has fewer than two values in train and valid")
     targets = (targets - development.mean(axis=0)) / development.std(axis=0)
     return [clip._replace(label=label) for clip, label in zip(clips, targets.tolist())]
 
@@ -262,111 +302,178 @@ GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "
 
 
 def _gtzan(files):
-    """GTZAN Genre Collection (Tzanetakis and Cook, 2002), with the fault-filtered split (Kereliuk et al., 2015).
+    """GTZAN Genre Collection (Tzanetakis and Cook, 2002), fault-filtered split (Kereliuk et al., 2015).
 
-    Where to get it: the sound is linked from marsyas.info, the three lists are in github.com/coreyker/dnn-mgr, folder gtzan.
+    Where to get it: the sound from marsyas.info, the lists in github.com/coreyker/dnn-mgr, folder gtzan.
     The folder holds: genres/blues/blues.00000.wav (or .au) and so on; train_, valid_ and test_filtered.txt.
     """
-    clips, missing = [], []
+    clips = []
     for split in SPLITS:
-        where = files[f"{split}_filtered.txt"]
-        for line in where.read_text("utf-8-sig", "replace").split():
-            if not (stem := re.search(rf"({'|'.join(GENRES)})\.\d{{5}}", line)):
-                raise ValueError(f"{where}: {line!r} is not a name like 'blues/blues.00029.wav'")
-            if path := _sound(files, stem[0]):
-                clips.append(Clip(path, 0.0, None, GENRES.index(stem[1]), split, stem[0]))
-            else:
-                missing.append(line)
-    return _task("gtzan", "classes", GENRES, clips, missing, published={"train": 443, "valid": 197, "test": 290})
+        table = files[f"{split}_filtered.txt"]
+        for line in table.read_text("utf-8-sig", "replace").split():
+            match = re.search(rf"({'|'.join(GENRES)})\.\d{{5}}", line)
+            if not match:
+                raise ValueError(f"{table}: {line!r} is not a name like 'blues/blues.00029.wav'")
+            stem, genre = match[0], match[1]
+            clips.append(Clip(_sound(files, stem, line), 0.0, None, GENRES.index(genre), split, stem))
+    return _task("gtzan", "classes", GENRES, clips, published={"train": 443, "valid": 197, "test": 290})
 
 
 def _mtt(files):
-    """MagnaTagATune (Law et al., 2009): its 50 most frequent tags, split by folder (van den Oord et al., 2014).
+    """MagnaTagATune (Law et al., 2009): 50 most frequent tags, split by folder (van den Oord et al., 2014).
 
-    Where to get it: the sound (a zip in three parts) and the tags are on mirg.city.ac.uk, The MagnaTagATune Dataset.
+    Where to get it: mirg.city.ac.uk, The MagnaTagATune Dataset; the sound is a zip in three parts.
     The folder holds: annotations_final.csv, and the zip's sixteen folders 0, 1, ... f of .mp3 files.
     """
-    rows, count, tags, clips, missing = [], Counter(), [], [], []
+    rows, tags, count = [], [], Counter()
     for _, row in _table(files["annotations_final.csv"], ("clip_id", "mp3_path"), "\t"):
         number, name, tags = row.pop("clip_id"), row.pop("mp3_path"), list(row)
-        rows.append((number, name, {tag for tag in tags if row[tag] == "1"}))
-        count.update(rows[-1][2])
-    tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # stable: of two equally frequent ones the first column first
+        present = {tag for tag in tags if row[tag] == "1"}
+        rows.append((number, name, present))
+        count.update(present)
+    tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # of equally frequent tags the first columns
+    split_of = dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+    clips = []
     for number, name, present in rows:
         if number in ("35644", "55753", "57881"):  # corrupt as published
             continue
-        if path := _sound(files, name.removesuffix(".mp3")):
-            split = "train" if name[0] in "0123456789ab" else "valid" if name[0] == "c" else "test"
-            song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the seconds between which the clip was cut out
-            clips.append(Clip(path, 0.0, None, [float(tag in present) for tag in tags], split, song))
-        else:
-            missing.append(name)
-    return _task("mtt", "tags", tags, clips, missing, published={"train": 18_706, "valid": 1_825, "test": 5_329})
+        path = _sound(files, name.removesuffix(".mp3"), name)
+        label = [float(tag in present) for tag in tags]
+        song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the clip's first and last second
+        clips.append(Clip(path, 0.0, None, label, split_of.get(name[:1], "test"), song))
+    return _task("mtt", "tags", tags, clips, published={"train": 18_706, "valid": 1_825, "test": 5_329})
+
+
+def _validation_artists(tracks):
+    """Artists chosen by hash, and those who share a track with them, in two passes over the tracks."""
+    valid = {artist for artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
+    for _ in range(2):
+        for artists in tracks:
+            if artists & valid:
+                valid |= artists
+    return valid
+
+
+def _count_pieces(path, seconds):
+    """How many whole pieces of `seconds` a file holds; 1 if it is short, missing, unreadable, or no song."""
+    try:
+        duration = soundfile.info(str(path)).duration if isinstance(path, Path) else 0
+    except (OSError, soundfile.SoundFileError):  # decoding will say what is wrong with it
+        duration = 0
+    return int(duration // seconds) if seconds <= duration < 3600 else 1
 
 
 def _giantsteps(files):
-    """GiantSteps: train and valid from the MTG-Key set (Faraldo), test the Key set (Knees et al., 2015), cut into 30 s.
+    """GiantSteps keys: train and valid from the MTG-Key set (Faraldo), test the Key set (Knees et al., 2015).
 
-    Where to get it: github.com/GiantSteps, giantsteps-mtg-key-dataset and giantsteps-key-dataset, with scripts for the sound.
+    Where to get it: github.com/GiantSteps, giantsteps-mtg-key-dataset and giantsteps-key-dataset, which have
+    scripts for the sound.
     The folder holds: giantsteps-mtg-key-dataset/annotations/annotations.txt and beatport_metadata.txt;
     giantsteps-key-dataset/annotations/key/<ID>.LOFI.key; and, anywhere, the <ID>.LOFI.mp3 of both.
     """
-    table = _table(files["annotations/beatport_metadata.txt"], ("ID", "ARTIST"), "\t")
-    tracks = [(row["ID"], {name.strip().lower() for name in row["ARTIST"].split(",")}) for _, row in table]
-    valid = {artist for _, artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
-    for _ in range(2):  # who shares a track with them joins them: two passes, as in Castellon's code, not until all is still
-        for _, artists in tracks:
-            valid |= artists if artists & valid else set()
-    songs, artists_of, where = [], dict(tracks), files["annotations/annotations.txt"]
-    for line, row in _table(where, ("ID", "MANUAL KEY", "C"), "\t"):
-        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and of one key
+    tracks = []
+    for _, row in _table(files["beatport_metadata.txt"], ("ID", "ARTIST"), "\t"):
+        tracks.append((row["ID"], {artist.strip().lower() for artist in row["ARTIST"].split(",")}))
+    artists_of = dict(tracks)
+    valid = _validation_artists([artists for _, artists in tracks])
+    songs, table = [], files["annotations/annotations.txt"]  # songs: (ID, key, split)
+    for line, row in _table(table, ("ID", "MANUAL KEY", "C"), "\t"):
+        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and names one key
             split = "valid" if artists_of.get(row["ID"], set()) & valid else "train"
-            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{where}, line {line}"), split))
+            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{table}, line {line}"), split))
     for tail, path in files.items():
-        song = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
-        if song and path.parent.parent != where.parent:
-            songs.append((song[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
-    clips, missing = [], []
+        match = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
+        if match and path.parent.parent != table.parent:
+            songs.append((match[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
+    clips = []
     for song, key, split in songs:
-        if not (path := _sound(files, f"{song}.LOFI")):
-            missing.append(f"{song}.LOFI.mp3")
-            continue
-        try:
-            seconds = soundfile.info(str(path)).duration
-        except (OSError, soundfile.SoundFileError):
-            seconds = 0
-        # A file that cannot be read, or is no song's length, is one clip: decoding it will say what is wrong with it.
-        whole = int(seconds // 30) if 30 <= seconds < 3600 else 1
-        clips += [Clip(path, 30.0 * i, 30.0, key, split, song) for i in range(whole)]
+        path = _sound(files, f"{song}.LOFI", f"{song}.LOFI.mp3")
+        clips += [Clip(path, 30.0 * i, 30.0, key, split, song) for i in range(_count_pieces(path, 30))]
     published = {"train": 3_687, "valid": 942, "test": 2_406}
-    return _task("giantsteps", "key", KEYS, clips, missing, per_group=True, published=published)
+    return _task("giantsteps", "key", KEYS, clips, per_group=True, published=published)
 
 
 def _emomusic(files):
-    """emoMusic (Soleymani et al., 2013): arousal and valence, standardised, of 45 seconds; an artist is in train or in valid.
+    """emoMusic (Soleymani et al., 2013): arousal and valence of 45 seconds, standardised; split by artist.
 
     Where to get it: the University of Geneva's page emoMusic, 1000 songs for emotional analysis of music.
-    The folder holds: annotations/songs_info.csv, annotations/static_annotations.csv, clips_45seconds/<song_id>.mp3.
+    The folder holds: songs_info.csv and static_annotations.csv in annotations, clips_45seconds/<song_id>.mp3.
     """
-    names, where, clips, missing = ("arousal", "valence"), files["static_annotations.csv"], [], []
-    rows = _table(where, ("song_id", "mean_arousal", "mean_valence"))
-    means = {row["song_id"]: [_float(row[f"mean_{name}"], f"{where}, line {line}") for name in names] for line, row in rows}
+    clips, means, table = [], {}, files["static_annotations.csv"]
+    for line, row in _table(table, ("song_id", "mean_arousal", "mean_valence")):
+        where = f"{table}, line {line}"
+        means[row["song_id"]] = [_float(row["mean_arousal"], where), _float(row["mean_valence"], where)]
     for _, row in _table(files["songs_info.csv"], ("song_id", "Artist", "Mediaeval 2013 set")):
-        if row["song_id"] in means:
-            artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
-            split = "test" if row["Mediaeval 2013 set"] == "evaluation" else "valid" if _sha1(artist) % 10 > 7 else "train"
-            path = _sound(files, f"clips_45seconds/{row['song_id']}")
-            missing += [] if path else [f"clips_45seconds/{row['song_id']}.mp3"]
-            clips.append(Clip(path, 0.0, None, means[row["song_id"]], split, row["song_id"]))
-    clips = [clip for clip in _standardise(clips, where) if clip.path]  # a missing file changes no other clip's label
-    return _task("emomusic", "regression", names, clips, missing, published={"train": 504, "valid": 115, "test": 125})
+        song = row["song_id"]
+        if song not in means:
+            continue
+        artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
+        split = "valid" if _sha1(artist) % 10 >= 8 else "train"
+        if row["Mediaeval 2013 set"] == "evaluation":
+            split = "test"
+        path = _sound(files, f"clips_45seconds/{song}", f"clips_45seconds/{song}.mp3")
+        clips.append(Clip(path, 0.0, None, means[song], split, song))
+    clips = _standardise(clips, table)  # a missing file changes no other clip's label
+    published = {"train": 504, "valid": 115, "test": 125}
+    return _task("emomusic", "regression", ("arousal", "valence"), clips, published=published)
 
 
-DATASETS = {  # the reader, and what it cannot do without
+INSTRUMENTS = ("BTb", "Hn", "Tbn", "TpC", "Acc", "Vc", "Cb", "Va", "Vn", "ASax", "Bn", "ClBb", "Fl", "Ob")
+
+
+def _tinysol(files):
+    """TinySOL (Cella et al., 2020): single notes of 14 instruments; fold 0 is valid, 1 test, 2 to 4 train.
+
+    Where to get it: zenodo.org/records/3685367, TinySOL.tar.gz and TinySOL_metadata.csv.
+    The folder holds: TinySOL_metadata.csv; audio/Brass/Bass_Tuba/ordinario/BTb-ord-F#1-pp-N-N.wav and so on.
+    """
+    split_of = {"0": "valid", "1": "test", "2": "train", "3": "train", "4": "train"}
+    clips, table = [], files["TinySOL_metadata.csv"]
+    for line, row in _table(table, ("Path", "Fold", "Instrument (abbr.)")):
+        fold, instrument = row["Fold"], row["Instrument (abbr.)"]
+        if fold not in split_of or instrument not in INSTRUMENTS:
+            raise ValueError(f"{table}, line {line}: {fold!r} is no fold or {instrument!r} no instrument")
+        name = row["Path"].split("/")[-1].removesuffix(".wav")  # no other note has it
+        path = _sound(files, name, row["Path"])
+        clips.append(Clip(path, 0.0, None, INSTRUMENTS.index(instrument), split_of[fold], name))
+    return _task("tinysol", "classes", INSTRUMENTS, clips)
+
+
+def _beatport(files):
+    """Beatport EDM Key (Faraldo): previews of two minutes with exactly one key; 80/10/10 within each key.
+
+    Where to get it: zenodo.org/records/1101082, audio.zip and keys.zip.
+    The folder holds: audio/100066 Lindstrom - Monsteer (Original Mix).mp3 and so on, keys/ the same in .txt.
+    All its IDs are in GiantSteps-MTG-Key too: never train on one of the two data sets and test on the other.
+    """
+    clips, unused = [], []
+    for tail, path in files.items():
+        match = re.fullmatch(r"keys/((\d+) [^/]*)\.txt", tail)
+        if not match:
+            continue
+        stem, number = match.groups()
+        text = path.read_text("utf-8-sig", "replace").strip()
+        if re.fullmatch(r"[A-G][#b]?\s+(major|minor)", text):
+            sound = _sound(files, f"audio/{stem}", f"audio/{stem}.mp3")
+            clips.append(Clip(sound, 0.0, None, _key(text, path), "", number))
+        else:
+            unused.append(f"{number} ({text!r})")
+    split_of = {}
+    for key in range(24):
+        split_of |= _ranked_splits(clip.group for clip in clips if clip.label == key)
+    clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
+    note = "All IDs are in GiantSteps-MTG-Key too: never train on one of these two and test on the other. "
+    note += f"{len(unused)} tracks are not used, they have no single key: {', '.join(unused)}"
+    return _task("beatport", "key", KEYS, clips, note=note)
+
+
+DATASETS = {  # the reader, and the files and folders that it needs
     "gtzan": (_gtzan, [f"{split}_filtered.txt" for split in SPLITS]),
     "mtt": (_mtt, ["annotations_final.csv"]),
-    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "annotations/beatport_metadata.txt", "annotations/key"]),
+    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "beatport_metadata.txt", "annotations/key"]),
     "emomusic": (_emomusic, ["songs_info.csv", "static_annotations.csv", "clips_45seconds"]),
+    "tinysol": (_tinysol, ["TinySOL_metadata.csv"]),
+    "beatport": (_beatport, ["audio", "keys"]),
 }
 SYNTH = {
     "synth-key": ("key", KEYS),
@@ -374,97 +481,153 @@ SYNTH = {
     "synth-tags": ("tags", TAGS),
     "synth-mood": ("regression", ("arousal", "valence")),
 }
-SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed, clips; pre-training has seed 0
+SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed (training uses 0), clips
+
+
+def _label_columns(path, header, kind):
+    """The kind of a user's table, from its columns unless given, and the columns that hold the labels."""
+    columns = [name for name in header if name not in ("path", "split", "group", "offset", "duration")]
+    if not columns:
+        raise ValueError(f"{path}: no column 'label', 'tags', or numbers to predict")
+    if kind is None and "label" in columns:
+        kind = "classes"
+    elif kind is None:
+        kind = "tags" if "tags" in columns else "regression"
+    if kind == "regression":
+        return kind, columns
+    column = "tags" if kind == "tags" and "tags" in columns else "label"
+    if column not in columns:
+        raise ValueError(f"{path}: no column {column!r}")
+    return kind, [column]
+
+
+def _own_clip(where, row, folder):
+    """One row of a user's table as a Clip without label; split and group are as written, or None."""
+    path, split = folder / row["path"], row.get("split")
+    offset = _float(row.get("offset") or 0, f"{where}, offset")
+    duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
+    if not row["path"]:
+        raise ValueError(f"{where}: no path")
+    if split not in (None, *SPLITS):
+        raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
+    if offset < 0 or (duration is not None and duration <= 0):
+        raise ValueError(f"{where}: the offset must not be negative, and the duration must be more than 0")
+    return Clip(path if path.is_file() else row["path"], offset, duration, None, split, row.get("group"))
+
+
+def _own_groups(rows, clips, folder):
+    """Clips without a group get the name of their file, the same one however a row writes its path."""
+    files = [os.path.realpath(folder / row["path"]) for _, row in rows]
+    names = {}
+    for file, (_, row) in zip(files, rows):
+        name = Path(os.path.normpath(row["path"])).as_posix()
+        names[file] = min(name, names.get(file, name))
+    return [clip._replace(group=clip.group or names[file]) for file, clip in zip(files, clips)]
+
+
+def _own_splits(path, rows, clips):
+    """Clips with the splits of a user's table, or else by rank of the groups. No group is in two splits."""
+    split_of = {}
+    for (where, row), clip in zip(rows, clips):
+        other = split_of.setdefault(clip.group, clip.split)
+        if clip.split != other:
+            same = f"the same {'group' if row.get('group') else 'file'} {clip.group!r}"
+            raise ValueError(f"{where}: {clip.split}, but {same} is in {other} above")
+    if clips[0].split is None:
+        split_of = _ranked_splits(split_of)
+    for split in SPLITS:
+        if split not in split_of.values():
+            raise ValueError(f"{path}: no clips for {split}; a table without splits needs three groups")
+    return [clip._replace(split=split_of[clip.group]) for clip in clips]
+
+
+def _own_targets(path, rows, kind, columns):
+    """The labels of a user's table as numbers, and the names of its classes, tags or targets."""
+    if kind == "regression":
+        return [[_float(row[name], f"{where}, {name}") for name in columns] for where, row in rows], columns
+    column = columns[0]
+    for where, row in rows:
+        if kind != "tags" and not row[column]:
+            raise ValueError(f"{where}: no {column}")
+    if kind == "key":
+        return [_key(row[column], where) for where, row in rows], KEYS
+    if kind == "tags":
+        tags = [{tag.strip() for tag in row[column].split("|")} - {""} for _, row in rows]
+        names = sorted(set().union(*tags))
+        labels = [[float(name in present) for name in names] for present in tags]
+    else:
+        names = sorted({row[column] for _, row in rows})
+        labels = [names.index(row[column]) for _, row in rows]
+    if not names or (kind == "classes" and len(names) == 1):
+        raise ValueError(f"{path}: nothing to tell apart, column {column!r} has {names or 'no tag'} only")
+    return labels, names
 
 
 def _own_labels(path, folder, kind):
-    """Somebody's own clips, from a table as `load_task` describes it; `folder` is what its paths are relative to."""
-    rows = list(_table(path, ("path",), strict=True)) if path.is_file() else []
+    """The task in a user's own table, as `load_task` describes it; its paths are relative to `folder`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    rows = [(f"{path}, line {line}", row) for line, row in _table(path, ("path",), strict=True)]
     if not rows:
-        raise ValueError(f"{path}: no clips in it" if path.is_file() else f"{path}: there is no such file")
-    names = [column for column in rows[0][1] if column not in ("path", "split", "group", "offset", "duration")]
-    kind = kind or ("classes" if "label" in names else "tags" if "tags" in names else "regression")
-    column = "tags" if kind == "tags" and "tags" in names else "label"
-    if not names or (kind != "regression" and column not in names):
-        raise ValueError(f"{path}: no column {column!r}" + ("" if names else ", 'tags', or numbers to predict"))
-
-    clips, split_of = [], {}
-    for line, row in rows:
-        where, split, group = f"{path}, line {line}", row.get("split"), row.get("group") or Path(row["path"]).as_posix()
-        if not row["path"] or not (row.get(column) or kind in ("tags", "regression")):
-            raise ValueError(f"{where}: no {column if row['path'] else 'path'}")
-        if split not in (None, *SPLITS):
-            raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
-        if row.get("group") and split_of.setdefault(group, split) != split:
-            raise ValueError(f"{where}: {split}, but the same group {group!r} is in {split_of[group]} above")
-        offset = _float(row.get("offset") or 0, f"{where}, offset")
-        duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
-        if offset < 0 or (duration is not None and duration <= 0):
-            raise ValueError(f"{where}: the offset must not be negative, and the duration be more than 0")
-        if kind == "regression":
-            label = [_float(row[name], f"{where}, {name}") for name in names]
-        elif kind == "tags":
-            label = {tag.strip() for tag in row[column].split("|")} - {""}
-        else:
-            label = _key(row[column], where) if kind == "key" else row[column]
-        clips.append(Clip(folder / row["path"], offset, duration, label, split, group))
-
-    if split is None:  # by the rank of the group's hash: exact shares, and a new group moves few of the others
-        groups = sorted({clip.group for clip in clips}, key=_sha1)
-        tenth = max(1, round(len(groups) / 10))
-        split_of = {group: SPLITS[(i < 2 * tenth) + (i < tenth)] for i, group in enumerate(groups)}
-        clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
-    for name in SPLITS:
-        if name not in {clip.split for clip in clips}:
-            raise ValueError(f"{path}: no clips for {name}; there must be some in each split, or three groups to split")
-
+        raise ValueError(f"{path}: no clips in it")
+    kind, columns = _label_columns(path, list(rows[0][1]), kind)
+    clips = [_own_clip(where, row, folder) for where, row in rows]
+    labels, names = _own_targets(path, rows, kind, columns)
+    clips = _own_splits(path, rows, _own_groups(rows, clips, folder))
+    clips = [clip._replace(label=label) for clip, label in zip(clips, labels)]
     if kind == "regression":
         clips = _standardise(clips, path)
-    elif kind == "key":
-        names = KEYS
-    else:
-        names = sorted(set().union(*(clip.label if kind == "tags" else [clip.label] for clip in clips)))
-        if len(names) < (1 if kind == "tags" else 2):
-            raise ValueError(f"{path}: nothing to tell apart, the column {column!r} holds {names or 'no tag'} only")
-        number = names.index if kind == "classes" else lambda label: [float(name in label) for name in names]
-        clips = [clip._replace(label=number(clip.label)) for clip in clips]
-    missing = [row["path"] for clip, (_, row) in zip(clips, rows) if not clip.path.is_file()]
-    if len(missing) == len(clips):
-        raise ValueError(f"{path}: none of its files is there, such as {clips[0].path}; paths are relative to {folder}")
-    return _task(path.stem, kind, names, [clip for clip in clips if clip.path.is_file()], missing)
+    task = _task(path.stem, kind, names, clips)
+    if not task.clips:
+        advice = f"such as {folder / task.missing[0]}; paths are relative to {folder}"
+        raise ValueError(f"{path}: none of its files is there, {advice}")
+    return task
+
+
+def _dataset(name, root):
+    """A task of DATASETS from the folder `root`; an error says where to get what is missing."""
+    reader, needed = DATASETS[name]
+    files = _files(root)
+    absent = [file for file in needed if file not in files]
+    if not absent:
+        task = reader(files)
+        if task.clips:
+            return task
+        absent = [f"sound that the labels name, such as {task.missing[:1]},"]
+    problem = f"no {' and no '.join(absent)} below this folder"
+    if not root.is_dir():
+        problem = "there is no such folder"
+    raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
 
 
 def load_task(name, root=None, kind=None):
-    """The labelled clips of a task: one of DATASETS below `root` (default: datasets/NAME), one of SYNTH, or a table.
+    """The labelled clips of a task: one of DATASETS in `root` (default: datasets/NAME), of SYNTH, or a table.
 
-    Embedded clips have no label yet, it comes with their sound from `data.synthesize`. A table is a file in .csv with a
-    column `path`, relative to the table (or to `root`), and what to predict: `label`, or `tags` ("loud|fast", may be none),
-    or one number a column; optionally `split`, `group`, `offset`, `duration` (both in seconds). `kind` ("classes", "key",
-    "tags", "regression") is for a table whose columns don't tell. Without `split`, 80/10/10 of the groups (default: the
-    paths). Raises ValueError that says what to do for what is not there or not right.
+    A table is a .csv file with a column `path`, relative to the table (or to `root`), and what to predict:
+    `label`, or `tags` ("loud|fast"; may be empty), or columns of numbers. Optional columns are `split`,
+    `group`, `offset` and `duration` (seconds). `kind` ("classes", "key", "tags", "regression") is for a table
+    whose columns do not tell it. Without `split`, 80/10/10 of the groups; without `group`, each file is one;
+    no group is in two splits. Clips of SYNTH get their labels with their sound, from `data.synthesize`.
+    Raises ValueError with a sentence that says what to do when something is missing or wrong.
     """
     name = str(name)
+    is_table = name.lower().endswith(".csv")
     if kind not in (None, *METRICS):
         raise ValueError(f"no kind of task {kind!r}: there are {', '.join(METRICS)}")
-    if kind and not name.lower().endswith(".csv"):
-        raise ValueError(f"a kind of task is for a table of your own; {name!r} is what it is")
-    if name.lower().endswith(".csv"):
+    if kind and not is_table:
+        raise ValueError(f"a kind of task is for a table of your own; that of {name!r} is fixed")
+    if not is_table and name not in (*DATASETS, *SYNTH):
+        known = ", ".join((*DATASETS, *SYNTH))
+        raise ValueError(f"no task {name!r}: there are {known}, or a table of your own, NAME.csv")
+
+    if is_table:
         return _own_labels(Path(name), Path(root or Path(name).parent), kind)
-    if name in SYNTH:
-        clips = [Clip((s, i), 0.0, None, None, split, f"{s}/{i}") for split, (s, n) in SYNTH_SPLITS.items() for i in range(n)]
-        return _task(name, *SYNTH[name], clips, [])
-    if name not in DATASETS:
-        raise ValueError(f"no task {name!r}: there are {', '.join((*DATASETS, *SYNTH))}, or a table of your own, NAME.csv")
-    reader, needed = DATASETS[name]
-    root = Path(root or f"datasets/{name}")
-    files = _files(root)
-    absent = [file for file in needed if file not in files]
-    task = None if absent else reader(files)
-    if absent or not task.clips:
-        what = " and no ".join(absent) or f"sound that the labels name, such as {task.missing[:1]},"
-        problem = f"no {what} below this folder" if root.is_dir() else "there is no such folder"
-        raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
-    return task
+    if name in DATASETS:
+        return _dataset(name, Path(root or f"datasets/{name}"))
+    clips = []
+    for split, (seed, count) in SYNTH_SPLITS.items():
+        clips += [Clip((seed, i), 0.0, None, None, split, f"{seed}/{i}") for i in range(count)]
+    return _task(name, *SYNTH[name], clips)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
