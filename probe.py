@@ -28,9 +28,8 @@ import re
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +40,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+from data import audio_files, in_workers, mel_segments
 from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
@@ -631,28 +631,23 @@ def load_task(name, root=None, kind=None):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Representations: what becomes of a clip
+# Representations: from a clip to rows of numbers
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def load_clip(clip):
-    """The wave of a clip (samples,) float32 at 16 kHz, and its labels if they come with the sound, as in the embedded music."""
+    """The wave of a clip, (samples,) float32 at 16 kHz, and its labels if they come with the sound (embedded music)."""
     if isinstance(clip.path, tuple):
         waves, labels = data.synthesize(1, *clip.path)
         return waves[0], {name: values[0].tolist() for name, values in labels.items()}
     return load_audio(clip.path, clip.offset, clip.duration), None
 
 
-def mel_segments(wave):
-    """(samples,) -> (n, 128, 96) float16 mel power, the encoder's input; less than a window is filled up with zeros."""
-    wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
-    return segments(mel_spectrogram(wave).clamp(max=data.FLOAT16_MAX).half())
-
-
 def _statistics(frames):
-    """(features, T) over time -> mean and standard deviation of them and of their first and second differences."""
+    """(features, T) -> mean and standard deviation over time of the frames and of their first and second differences."""
     first = frames.diff(dim=1)
-    return torch.cat([part for x in (frames, first, first.diff(dim=1)) for part in (x.mean(dim=1), x.std(dim=1, correction=0))])
+    second = first.diff(dim=1)
+    return torch.cat([part for x in (frames, first, second) for part in (x.mean(dim=1), x.std(dim=1, correction=0))])
 
 
 def mfcc(wave):
@@ -673,8 +668,8 @@ def mfcc(wave):
 def chroma(wave):
     """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound: (72,).
 
-    Theirs folds a constant-Q transform at 22,050 Hz; this folds an STFT at 16 kHz, each bin shared among the pitch classes by
-    a Gaussian of a semitone, within some octaves of 440 Hz; every frame is scaled to a maximum of 1.
+    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian of a semitone
+    shares each bin among the pitch classes, a wider one prefers the octaves near 440 Hz. Each frame's maximum is 1.
     """
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     wave = wave / wave.abs().max().clamp(min=1e-9)
@@ -688,55 +683,127 @@ def chroma(wave):
     return _statistics(frames / frames.amax(dim=0).clamp(min=1e-9))
 
 
-INPUTS = {  # wave (samples,) -> (rows, ...): what a representation is computed from
-    "mel": mel_segments,
-    "mfcc": lambda wave: mfcc(wave)[None],
-    "chroma": lambda wave: chroma(wave)[None],
-    "power": lambda wave: wave.double().square().mean()[None, None],  # tells silence
-}
+HAND_MADE = {"mfcc": mfcc, "chroma": chroma}
 
 
-class Representation(NamedTuple):
-    """What turns sound into features, and under which name they and the results are kept."""
+@dataclass
+class Features:
+    """A task's clips as one encoder describes them."""
 
-    encoder: Myna | str  # or one of INPUTS, which is then the representation
-    name: str = ""
-    key: str = ""  # tells this encoder from all others of its name
-    folder: Path | None = None  # for results, and for the features, which are kept there; None: they are not kept
+    rows: dict  # name -> (n, F), or (n, V, F) of V corrupted versions; a hybrid model gives "square" and "vertical"
+    clip_index: torch.Tensor  # (n,) long: number of the clip in the task that a row belongs to
+    labels: list  # one a clip; None for a clip that cannot be read
+    skipped: list  # [path, reason] of the clips that cannot be read
 
 
-def _clip_inputs(clip, kinds, versions):
-    """In a worker: one clip decoded, and each version of it transformed. Returns ({kind: (rows, V, ...)}, labels), or the
-    reason why it could not be read."""
+def embed_task(task, encoders, corrupt=None, device="cpu", workers=None, cache=None, label="embedding"):
+    """Features of a task's clips.
+
+    `encoders` is a Myna, which gives a row for each segment, or "mfcc", "chroma" or a function(wave) -> (F,), which give
+    a row for each clip. For several, {name: encoder}, every clip is decoded once and the result is {name: Features}.
+    `corrupt(wave, clip)` makes a list of V waves of each one; a clip then has one row (V, F), its mean over segments.
+    Decoding, `corrupt` and functions run in worker processes, which must be able to import them. `cache` {name: (path,
+    key)} keeps Features in files; the key tells an encoder from all others. Raises ValueError if no clip can be read.
+    """
+    if not isinstance(encoders, dict):
+        return embed_task(task, {"": encoders}, corrupt, device, workers, label=label)[""]
+    cache = {} if corrupt or cache is None else cache
+    found = {name: read_features(path, fingerprint(task, key)) for name, (path, key) in cache.items()}
+    new = {name: HAND_MADE.get(encoder, encoder) for name, encoder in encoders.items() if found.get(name) is None}
+    if new:
+        found |= _embed(task, new, corrupt, device, workers, label)
+    for name in new.keys() & cache.keys():
+        path, key = cache[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"fingerprint": fingerprint(task, key), **vars(found[name])}, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return {name: found[name] for name in encoders}
+
+
+def _embed(task, encoders, corrupt, device, workers, label):
+    """`embed_task` for {name: a Myna or a function}, without the cache."""
+    function_of = {name: mel_segments if isinstance(e, Myna) else e for name, e in encoders.items()}
+    functions = list(dict.fromkeys(function_of.values()))  # each once: all models share the mel segments
+    labels, skipped = [], []
+    features = {name: Features({}, [], labels, skipped) for name in encoders}
+    batch, size = {}, 0  # inputs of some clips, {clip number: {function: (V, n, ...)}}, and how many rows they have
+
+    def encode_batch():
+        for name, encoder in encoders.items():
+            inputs = {number: arrays[function_of[name]] for number, arrays in batch.items()}
+            _add_rows(features[name], encoder, inputs, bool(corrupt), device)
+        batch.clear()
+
+    jobs = ((clip, functions, corrupt) for clip in task.clips)
+    results = tqdm(in_workers(_describe, jobs, workers or CORES), label, len(task.clips), unit="clip")
+    for number, (clip, (arrays, own_labels, reason)) in enumerate(zip(task.clips, results)):
+        if reason:
+            labels.append(None)
+            skipped.append([str(clip.path), reason])
+            continue
+        labels.append(own_labels[task.name.removeprefix("synth-")] if own_labels else clip.label)
+        batch[number] = {function: torch.from_numpy(array) for function, array in zip(functions, arrays)}
+        size += max(array.shape[0] * array.shape[1] for array in arrays)
+        if size >= 1024:
+            encode_batch()
+            size = 0
+    if len(skipped) == len(labels):
+        raise ValueError(f"{task.name}: no clip could be read; the first: {skipped[0][1]}")
+    if batch:
+        encode_batch()
+    for found in features.values():
+        found.rows = {name: torch.cat(rows) for name, rows in found.rows.items()}
+        found.clip_index = torch.tensor(found.clip_index)
+    return features
+
+
+def _describe(clip, functions, corrupt):
+    """In a worker process: one clip as each function describes each version of it.
+
+    Returns (a list of arrays (V, n, ...), labels, None), or (None, None, the reason why it cannot be read).
+    """
     try:
         wave, labels = load_clip(clip)
     except ValueError as error:
-        return str(error)
-    waves = versions(wave, clip) if versions else [wave]
-    return {kind: np.stack([INPUTS[kind](wave).numpy() for wave in waves], axis=1) for kind in kinds}, labels
+        return None, None, str(error)
+    waves = corrupt(wave, clip) if corrupt else [wave]
+    arrays = [torch.stack([torch.atleast_2d(function(wave)) for wave in waves]).numpy() for function in functions]
+    return arrays, labels, None
 
 
-def in_workers(function, jobs, workers=None):
-    """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
-    pool = data.start_workers(workers or CORES)
-    try:
-        futures = (pool.submit(function, *job) for job in jobs)
-        pending = deque(itertools.islice(futures, 64))
-        while pending:
-            try:
-                result = pending.popleft().result()
-            except BrokenProcessPool as error:
-                raise ValueError("a decoding process died: out of memory, or of a file it could not stand") from error
-            pending.extend(itertools.islice(futures, 1))
-            yield result
-    finally:  # when interrupted, without waiting for what is pending
-        pool.shutdown(wait=False, cancel_futures=True)
+def _add_rows(features, encoder, inputs, corrupted, device):
+    """Encode `inputs` {clip number: (V, n, ...)} and append the rows to `features`: n a clip, or one if corrupted."""
+    if isinstance(encoder, Myna):
+        encoded = encode(encoder, list(inputs.values()), device)
+    else:
+        encoded = {encoder.__name__: list(inputs.values())}
+    for name, clips in encoded.items():
+        rows = [x.mean(dim=1)[None] if corrupted else x[0] for x in clips]  # (1, V, F) or (n, F)
+        features.rows.setdefault(name, []).extend(rows)
+    for number, x in inputs.items():
+        features.clip_index += [number] * (1 if corrupted else x.shape[1])
+
+
+def encode(model, clips, device="cpu"):
+    """Segments of several clips, each (V, n, 128, 96) -> {patch shape: [(V, n, D) of each clip]} on the CPU."""
+    model.to(device)
+    mel = torch.cat([clip.flatten(0, 1) for clip in clips])
+    parts = mel.split(64 if torch.device(device).type == "cpu" else 1024)
+
+    def embed(part):
+        return [model.embed(part.to(device), patch).cpu() for patch in model.patches]
+
+    encoded = {}
+    for patch, vectors in zip(model.patches, zip(*on_each_core(embed, parts, device=device))):
+        rows = torch.cat(vectors).split([clip.shape[:2].numel() for clip in clips])
+        encoded[patch] = [x.unflatten(0, clip.shape[:2]) for x, clip in zip(rows, clips)]
+    return encoded
 
 
 def on_each_core(function, *jobs, device="cpu"):
-    """[function(*job) for job in zip(*jobs)], on a CPU side by side in threads that share the cores.
+    """[function(*job) for job in zip(*jobs)], on a CPU in threads that share the cores.
 
-    Small products gain more from a core to themselves than from all cores on each of them.
+    Small matrix products gain more from one core for each of them than from all cores for one.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(jobs[0])) if torch.device(device).type == "cpu" else 1
@@ -747,109 +814,44 @@ def on_each_core(function, *jobs, device="cpu"):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass
-class Features:
-    """What a representation makes of a task's clips: rows of numbers, and which clip each row came from."""
-
-    rows: dict  # name -> (n, F), or (n, V, F) of V versions; a hybrid model gives "square" and "vertical"
-    owner: torch.Tensor  # (n,) long: number of the clip in the task
-    labels: list  # of every clip, None for one that could not be read
-    left_out: list  # [path, reason] of those
-
-
-def embed_task(task, encoder, device="cpu", workers=None):
-    """Features of a task's clips: `encoder` is a Myna (a row a segment), "mfcc" or "chroma" (a row a clip). Returns Features."""
-    return embed_all(task, [Representation(encoder)], device, workers)[0]
+def fingerprint(task, key):
+    """SHA-1 of what decides the features of a task: the encoder's `key`, the front end, the clips and their files."""
+    clips = []
+    for clip in task.clips:
+        clips.append([str(clip.path), clip.offset, clip.duration, str(clip.label)])
+        if isinstance(clip.path, Path) and clip.path.exists():
+            clips[-1] += [clip.path.stat().st_mtime_ns, clip.path.stat().st_size]
+    if isinstance(task.clips[0].path, tuple):  # embedded music: the first clip stands for how it is made
+        clips.append(hashlib.sha1(load_clip(task.clips[0])[0].numpy().tobytes()).hexdigest())
+    settings = [task.name, key, SAMPLE_RATE, N_FFT, data.HOP, data.N_MELS, data.FRAMES, clips]
+    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()
 
 
-def embed_all(task, representations, device="cpu", workers=None, versions=None, bar=None):
-    """Features of a task for several representations, each clip decoded once. Returns a list of Features.
-
-    Decoding runs in worker processes ahead of the encoders. A representation with a folder has its features kept there, under
-    a fingerprint of the task and of the encoder, and read back when both are the same. `versions(wave, clip)`, which worker
-    processes must be able to import, makes several waves of one, for instance with noise; their features are not kept.
-    """
-    changed = {c.path: os.path.getmtime(c.path) for c in task.clips if isinstance(c.path, Path) and c.path.exists()}
-    clips = [[str(c.path), c.offset, c.duration, str(c.label), changed.get(c.path)] for c in task.clips]
-    code = hashlib.sha1(b"".join(Path(module.__file__).read_bytes() for module in (data, sys.modules[Myna.__module__])))
-    code.update(Path(__file__).read_bytes())  # who changes a formula gets new features
-    found, fresh = [], []
-    for encoder, name, key, folder in representations:
-        cache = folder / f"features_{task.name}_{name}.pt" if folder and not versions else None
-        fingerprint = hashlib.sha1(json.dumps([task.name, key, code.hexdigest(), clips]).encode()).hexdigest()
-        try:
-            kept = read_checkpoint(cache) if cache and cache.exists() else {}
-        except ValueError:  # cut short: made anew
-            kept = {}
-        if kept.pop("fingerprint", None) == fingerprint:
-            found.append(Features(**kept))
-            tqdm.write(f"features from {cache}")
-            continue
-        is_model = isinstance(encoder, Myna)
-        if is_model:
-            encoder.to(device)
-        found.append(Features({name: [] for name in (encoder.patches if is_model else [encoder])}, [], [], []))
-        fresh.append((encoder, "mel" if is_model else encoder, found[-1], cache, fingerprint))
-    if not fresh:
-        return found
-
-    kinds = {kind for _, kind, *_ in fresh}
-    waiting = []  # inputs of clips, until they make a batch
-
-    def encode():
-        for encoder, kind, features, *_ in fresh:
-            batch = torch.from_numpy(np.concatenate([inputs[kind] for inputs in waiting]))  # (rows, V, ...)
-            for name, rows in features.rows.items():
-                if kind == "mel":
-                    embed = lambda part: encoder.embed(part.to(device), name).cpu()
-                    parts = batch.flatten(0, 1).split(64 if torch.device(device).type == "cpu" else 1024)
-                    vectors = torch.cat(on_each_core(embed, parts, device=device))
-                    rows.append(vectors.unflatten(0, batch.shape[:2]))
-                else:
-                    rows.append(batch)
-        waiting.clear()
-
-    jobs = ((clip, kinds, versions) for clip in task.clips)
-    with nullcontext(bar) if bar else tqdm(total=len(task.clips), desc=f"{task.name}: embedding", unit="clip") as bar:
-        for number, (clip, result) in enumerate(zip(task.clips, in_workers(_clip_inputs, jobs, workers))):
-            bar.update()
-            readable = not isinstance(result, str)
-            for _, kind, features, *_ in fresh:
-                if readable:
-                    label = result[1][task.name.removeprefix("synth-")] if result[1] else clip.label
-                    features.owner.extend([number] * len(result[0][kind]))
-                else:
-                    features.left_out.append([str(clip.path), result])
-                features.labels.append(label if readable else None)
-            if readable:
-                waiting.append(result[0])
-            if sum(max(array.shape[0] * array.shape[1] for array in inputs.values()) for inputs in waiting) >= 1024:
-                encode()
-        if waiting:
-            encode()
-    for *_, features, cache, fingerprint in fresh:
-        if not features.owner:
-            raise ValueError(f"{task.name}: not one clip could be read; the first: {features.left_out[0][1]}")
-        features.owner = torch.tensor(features.owner)
-        for name, rows in features.rows.items():
-            rows = torch.cat(rows)  # (n, V, F)
-            features.rows[name] = rows if versions else rows[:, 0]
-        if cache:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"fingerprint": fingerprint, **vars(features)}, cache.with_suffix(".part"))
-            os.replace(cache.with_suffix(".part"), cache)
-    return found
+def read_features(path, expected):
+    """The Features in a file, or None if it is not there, is damaged or has another fingerprint."""
+    try:
+        kept = read_checkpoint(path)
+    except ValueError:
+        return None
+    if kept.pop("fingerprint", None) != expected:
+        return None
+    tqdm.write(f"features from {path}")
+    return Features(**kept)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The grid: many probes side by side
+# The grid: many probes trained as one batch
+#
+# Probes of one shape and batch size are stacked: every weight has a first axis of S probes, and one batched product
+# does the work of S small ones. All probes see the same examples and the same random numbers for dropout, and nothing
+# that one does changes another, so each ends as it would if it were trained alone.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 class Configuration(NamedTuple):
     """One way of training a probe (Appendix C)."""
 
-    standardise: bool  # each feature to mean 0 and deviation 1 over the training split
+    standardise: bool  # each feature to mean 0 and standard deviation 1 over the training split
     hidden: tuple  # widths of hidden layers: () is the linear probe
     batch: int
     lr: float
@@ -864,164 +866,229 @@ GRID = [
     )
 ]  # 216
 QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
-CACHE = 24 * 2**20  # bytes of a processor's cache that a stack of probes may fill
-LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
+CACHE = 24 * 2**20  # bytes of a processor's cache that a batch of probes may fill
+CHECK = 8  # steps between validation checks
+PATIENCE = 256  # validation checks without a better score before a probe stops
 
 
 @dataclass
 class Probe:
-    """A trained probe: its configuration, what it reached on the validation split and when, and its weights."""
+    """A trained probe: its configuration, its best validation score and the step of it, and its weights there."""
 
     configuration: Configuration
     valid: float
     step: int
-    shift: torch.Tensor  # (F,) standardisation, 0 and 1 without
+    shift: torch.Tensor  # (F,) standardisation: 0 and 1 without
     scale: torch.Tensor
     layers: list  # of (weight (in, out), bias (out,))
 
     def __call__(self, x):
-        """Outputs for features: (n, F) -> (n, C), logits or values."""
+        """Outputs for features: (..., F) -> (..., C), logits or values."""
         x = (x - self.shift) * self.scale
         for weight, bias in self.layers[:-1]:
             x = F.relu(x @ weight + bias)
         return x @ self.layers[-1][0] + self.layers[-1][1]
 
 
-def probabilities(kind, outputs, owner=None, count=None):
-    """A probe's outputs (..., n, C) as what is scored; with `owner` (n,) averaged over the rows of each of `count` owners."""
-    if kind in ("classes", "key"):
-        outputs = outputs.softmax(dim=-1)
-    elif kind == "tags":
-        outputs = outputs.sigmoid()
-    if owner is None:
-        return outputs
-    total = outputs.new_zeros(*outputs.shape[:-2], count, outputs.shape[-1]).index_add_(-2, owner, outputs)
-    return total / total.new_zeros(count, 1).index_add_(0, owner, total.new_ones(len(owner), 1))  # bincount: a GPU would wait
+@dataclass
+class ProbeBatch:
+    """S probes of one shape while they train. The first axis of every tensor belongs to the probes."""
+
+    number: torch.Tensor  # (S,) long: which of the configurations
+    input_group: torch.Tensor  # (S,) long, ascending: which of the G inputs of `Inputs`
+    lr: torch.Tensor  # (S, 1, 1), and so are the next two
+    dropout: torch.Tensor
+    l2: torch.Tensor
+    weights: list  # for each layer a weight (S, in, out) and a bias (S, 1, out)
+    exp_avg: list  # Adam's running mean of the gradient of each of the weights
+    exp_avg_sq: list  # and of its square
+    best_weights: list
+    best_score: torch.Tensor  # (S,) float64, on the validation split
+    best_step: torch.Tensor  # (S,) long
 
 
-def _input_of(configuration):
-    """What decides which input a probe is trained on."""
+@dataclass
+class Inputs:
+    """What the probes are trained and checked on. G groups differ in standardisation or dropout."""
+
+    shift: torch.Tensor  # (2, F): as they are, standardised
+    scale: torch.Tensor  # (2, F)
+    train: torch.Tensor  # (2, n, F)
+    valid: torch.Tensor  # (G, n, F)
+    standardised: torch.Tensor  # (G,) long, 0 or 1
+    dropout: torch.Tensor  # (G, 1, 1)
+    group_sizes: list  # how many probes still train on each of the G
+
+
+def _input_group(configuration):
     return configuration.standardise, configuration.dropout
 
 
-def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, progress=None):
-    """Train every configuration as it would train alone, those of one batch size and shape side by side. A Probe for each.
+def fit_grid(configurations, train, valid, kind, outputs, seed=0, patience=PATIENCE, steps=None, progress=None):
+    """Train a probe for each configuration as it would train alone. Returns a list of Probe.
 
-    `train` is (features (n, F), targets); `valid` too, or (features, targets, owner, count): then rows are scored by the mean
-    over each of `count` owners. `outputs` is the number of classes, tags or targets. Early stopping as in Castellon et al.: the
-    primary metric on the validation split, every 8 steps from step 0 on, 256 looks of patience, best weights kept.
-    `steps` ends all after so many steps instead (to measure speed). `progress(n)` is told when n probes have stopped.
+    `train` is (features (n, F), targets (n, ...)); `valid` is the same, or (features, targets, target_index (n,)): then
+    the mean output of all rows of a target is scored. `outputs` is the number of classes, tags or values. Early stopping
+    as in Castellon et al.: the primary metric on the validation split every 8 steps from step 0 on, `patience` checks
+    without a better score, best weights kept. `steps` instead ends all probes after so many steps, without any check
+    (to measure speed). `progress(n)` is called when n probes have stopped.
     """
     probes = [None] * len(configurations)
-    for batch, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
-        chosen = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch, hidden)]
-        chosen.sort(key=lambda i: _input_of(configurations[i]))  # those that share an input are neighbours
+    for batch_size, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
+        same = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch_size, hidden)]
+        same.sort(key=lambda i: _input_group(configurations[i]))  # probes that share an input are neighbours
         values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
-        # On a CPU a stack's weights, gradients and Adam's means should stay in the cache; a GPU takes them all at once.
-        width = len(chosen) if train[0].is_cuda else max(1, CACHE // (16 * values))
-        for at in range(0, len(chosen), width):
-            some = chosen[at : at + width]
-            stack = [configurations[i] for i in some]
-            for i, fitted in zip(some, _fit_stack(stack, train, valid, kind, outputs, seed, steps, progress)):
-                probes[i] = fitted
+        # On a CPU the weights, gradients and Adam's means of a batch should stay in the cache. A GPU takes all at once.
+        width = len(same) if train[0].is_cuda else max(1, CACHE // (16 * values))
+        for numbers in (same[first : first + width] for first in range(0, len(same), width)):
+            batch = [configurations[i] for i in numbers]
+            fitted = _fit_batch(batch, train, valid, kind, outputs, seed, patience, steps, progress)
+            for i, probe in zip(numbers, fitted):
+                probes[i] = probe
     return probes
 
 
-def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progress):
-    """Probes of one batch size and shape, as one batched model of S members, sorted by `_input_of`."""
-    (x, y), (valid_x, valid_y, *owner) = train[:2], valid
-    device, n = x.device, len(x)
-    batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
-    generator = torch.Generator(device).manual_seed(seed)
-    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device).float()[:, None, None]
-    lr, l2, dropout, alive = column("lr"), column("l2"), column("dropout"), list(range(len(configurations)))
-
-    # The inputs that differ: standardised or not, and for training with each dropout
-    deviation = x.std(dim=0, correction=0)
-    shift = torch.stack([torch.zeros_like(deviation), x.mean(dim=0)])
-    scale = torch.stack([torch.ones_like(deviation), 1 / deviation.where(deviation > 0, 1.0)])
-    train_x = (x - shift[:, None]) * scale[:, None]  # (2, n, F)
-    kinds = sorted({_input_of(c) for c in configurations})
-    flags = torch.tensor([flag for flag, _ in kinds], device=device).long()
-    rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
-    members = [sum(_input_of(c) == kind for c in configurations) for kind in kinds]  # how many share each input
-    which = torch.arange(len(kinds)).repeat_interleave(torch.tensor(members)).to(device)
-    look_x = (valid_x - shift[flags, None]) * scale[flags, None]  # (kinds, n, F)
-
-    # Every member begins with the same weights, torch's own for a linear layer, and draws the same batches and dropout
-    layers = []
-    for a, b in itertools.pairwise((x.shape[1], *hidden, outputs)):
-        draw = (torch.rand(a + 1, b, generator=generator, device=device) * 2 - 1) / math.sqrt(a)
-        layers += [draw[:-1].expand(len(configurations), -1, -1).clone(), draw[-1:].expand(len(configurations), -1, -1).clone()]
-    first, second = [torch.zeros_like(w) for w in layers], [torch.zeros_like(w) for w in layers]
-    best = [w.clone() for w in layers]
-    best_score = torch.full((len(configurations),), -torch.inf, device=device, dtype=torch.float64)
-    best_step = torch.zeros(len(configurations), dtype=torch.long, device=device)
-    done = [None] * len(configurations)
-
-    def forward(inputs, drop):  # (kinds, B, F) -> (S, B, C)
-        if not hidden:  # linear probes are narrow: all that share an input are one product with their weights side by side
-            wide = [x @ w.transpose(0, 1).flatten(1) for x, w in zip(inputs, layers[0].split(members))]  # (B, members * C)
-            return torch.cat([z.unflatten(1, (-1, outputs)).transpose(0, 1) for z in wide if z.shape[1]]) + layers[1]
-        inputs = inputs[which]  # (S, B, F)
-        for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
-            inputs = torch.baddbmm(bias, inputs, weight).relu()
-            if drop:
-                uniform = torch.rand(inputs.shape[1:], generator=generator, device=device)
-                inputs = inputs * ((uniform >= dropout) / (1 - dropout))
-        return torch.baddbmm(layers[-1], inputs, layers[-2])
-
+def _fit_batch(configurations, train, valid, kind, outputs, seed, patience, steps, progress):
+    """Train probes of one shape and batch size, sorted by `_input_group`, until the last one has stopped."""
+    x, y = train
+    generator = torch.Generator(x.device).manual_seed(seed)
+    inputs = _prepare_inputs(configurations, x, valid[0])
+    probes = _start_probes(configurations, x, outputs, generator)
+    finished = [None] * len(configurations)
     for step in itertools.count():
-        if step % LOOK == 0 and steps is None:
-            with torch.no_grad():
-                score = primary_score(kind, valid_y, probabilities(kind, forward(look_x, False), *owner))
-                better = (score > best_score) & (step - best_step <= PATIENCE * LOOK)
-                best_score, best_step = torch.where(better, score, best_score), best_step.where(~better, step)
-                for kept, weight in zip(best, layers):
-                    torch.where(better[:, None, None], weight, kept, out=kept)
-        # Who has lost patience is asked at every eighth look only, for a GPU would wait for the answer.
-        stopped = torch.zeros(0)
+        stop = torch.zeros(len(probes.number), dtype=torch.bool)
         if step == steps:
-            stopped, best = torch.ones(len(alive), dtype=torch.bool, device=device), [w.detach() for w in layers]
-        elif steps is None and step % (8 * LOOK) == 0:
-            stopped = step - best_step >= PATIENCE * LOOK
-        if stopped.any():
-            for member in stopped.nonzero()[:, 0].tolist():
-                c = configurations[alive[member]]
-                parts = [w[member].clone() for w in best]
-                pairs = [(weight, bias[0]) for weight, bias in zip(parts[::2], parts[1::2])]
-                valid_score, at = float(best_score[member]), int(best_step[member])
-                done[alive[member]] = Probe(c, valid_score, at, shift[int(c.standardise)], scale[int(c.standardise)], pairs)
+            probes.best_weights = probes.weights
+            stop = ~stop
+        elif steps is None and step % CHECK == 0:
+            _validation_check(probes, inputs, valid, kind, step, patience)
+            if step % (8 * CHECK) == 0:  # not at every check, because a GPU waits for the answer
+                stop = (step - probes.best_step >= patience * CHECK).cpu()
+        if stop.any():
+            for s in stop.nonzero()[:, 0].tolist():
+                number = int(probes.number[s])
+                finished[number] = _finished_probe(configurations[number], probes, s, inputs)
             if progress:
-                progress(int(stopped.sum()))
-            stay = (~stopped).nonzero()[:, 0]
-            if not len(stay):
-                return done
-            alive = [alive[i] for i in stay.tolist()]
-            members = [sum(_input_of(configurations[i]) == kind for i in alive) for kind in kinds]
-            which, lr, l2, dropout = (t[stay] for t in (which, lr, l2, dropout))
-            best_score, best_step = best_score[stay], best_step[stay]
-            layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
+                progress(int(stop.sum()))
+            if stop.all():
+                return finished
+            _keep_probes(probes, inputs, (~stop).nonzero()[:, 0].to(x.device))
+        rows = torch.randperm(len(x), generator=generator, device=x.device)[: configurations[0].batch]
+        _adam_step(probes, inputs, rows, y[rows], kind, step, generator)
 
-        rows = torch.randperm(n, generator=generator, device=device)[:batch]
-        uniform = torch.rand(batch, x.shape[1], generator=generator, device=device)  # one draw for all dropout rates
-        inputs = train_x[:, rows][flags] * ((uniform >= rates) / (1 - rates))  # (kinds, B, F)
-        for w in layers:
-            w.requires_grad_()
-        loss = probe_loss(kind, forward(inputs, True), y[rows])
-        gradients = torch.autograd.grad(loss, layers)
-        first_bias, second_bias = 1 - 0.9 ** (step + 1), (1 - 0.999 ** (step + 1)) ** 0.5
-        with torch.no_grad():  # Adam, with L2 in the gradient as torch's weight_decay has it; no new memory, which would cost more
-            for w, g, m, v in zip(layers, gradients, first, second):
-                g.addcmul_(w, l2)
-                m.lerp_(g, 0.1)
-                v.mul_(0.999).addcmul_(g, g, value=0.001)
-                torch.sqrt(v, out=g).add_(1e-8 * second_bias).mul_(first_bias / second_bias / -lr)  # in the gradient's place
-                w.addcdiv_(m, g)
+
+def _prepare_inputs(configurations, x, valid_x):
+    """Standardise both splits by the training split. The G groups of `Inputs` are those that the configurations need."""
+    std = x.std(dim=0, correction=0)
+    shift = torch.stack([torch.zeros_like(std), x.mean(dim=0)])
+    scale = torch.stack([torch.ones_like(std), 1 / std.where(std > 0, 1.0)])
+    groups = sorted({_input_group(c) for c in configurations})
+    standardised = torch.tensor([int(flag) for flag, _ in groups], device=x.device)
+    dropout = torch.tensor([rate for _, rate in groups], device=x.device)[:, None, None]
+    train = (x - shift[:, None]) * scale[:, None]
+    valid = (valid_x - shift[standardised, None]) * scale[standardised, None]
+    group_sizes = [sum(_input_group(c) == group for c in configurations) for group in groups]
+    return Inputs(shift, scale, train, valid, standardised, dropout, group_sizes)
+
+
+def _start_probes(configurations, x, outputs, generator):
+    """All probes start from the same weights, uniform as torch initialises a linear layer."""
+    count, device = len(configurations), x.device
+
+    def column(name):
+        return torch.tensor([getattr(c, name) for c in configurations], device=device).float()[:, None, None]
+
+    weights = []
+    for a, b in itertools.pairwise((x.shape[1], *configurations[0].hidden, outputs)):
+        uniform = (torch.rand(a + 1, b, generator=generator, device=device) * 2 - 1) / math.sqrt(a)
+        weights.append(uniform[:-1].expand(count, -1, -1).clone())
+        weights.append(uniform[-1:].expand(count, -1, -1).clone())
+    groups = sorted({_input_group(c) for c in configurations})
+    return ProbeBatch(
+        number=torch.arange(count, device=device),
+        input_group=torch.tensor([groups.index(_input_group(c)) for c in configurations], device=device),
+        lr=column("lr"),
+        dropout=column("dropout"),
+        l2=column("l2"),
+        weights=weights,
+        exp_avg=[torch.zeros_like(w) for w in weights],
+        exp_avg_sq=[torch.zeros_like(w) for w in weights],
+        best_weights=[w.clone() for w in weights],
+        best_score=torch.full((count,), -torch.inf, dtype=torch.float64, device=device),
+        best_step=torch.zeros(count, dtype=torch.long, device=device),
+    )
+
+
+def _forward(probes, inputs, group_sizes, generator=None):
+    """Outputs (S, B, C) of all probes for inputs (G, B, F). With a generator, dropout after every hidden layer."""
+    *hidden, weight, bias = probes.weights
+    if hidden:
+        x = inputs[probes.input_group]  # (S, B, F)
+        for w, b in zip(hidden[::2], hidden[1::2]):
+            x = torch.baddbmm(b, x, w).relu()
+            if generator:
+                uniform = torch.rand(x.shape[1:], generator=generator, device=x.device)  # the same for all probes
+                x = x * ((uniform >= probes.dropout) / (1 - probes.dropout))
+        return torch.baddbmm(bias, x, weight)
+    # A linear probe is narrow. The weights of all that share an input, side by side, make one wide matrix.
+    outputs = []
+    for x, w in zip(inputs, weight.split(group_sizes)):  # (B, F), (probes of the group, F, C)
+        wide = x @ w.transpose(0, 1).flatten(1)  # (B, probes of the group * C)
+        outputs.append(wide.unflatten(1, (len(w), w.shape[2])).transpose(0, 1))
+    return torch.cat(outputs) + bias
+
+
+def _adam_step(probes, inputs, rows, targets, kind, step, generator):
+    """One step of every probe on the training rows `rows` (B,), with Adam as torch has it: L2 is added to the gradient."""
+    uniform = torch.rand(len(rows), inputs.train.shape[2], generator=generator, device=rows.device)
+    keep = (uniform >= inputs.dropout) / (1 - inputs.dropout)  # (G, B, F): one draw for all rates
+    for w in probes.weights:
+        w.requires_grad_()
+    outputs = _forward(probes, inputs.train[:, rows][inputs.standardised] * keep, inputs.group_sizes, generator)
+    gradients = torch.autograd.grad(probe_loss(kind, outputs, targets), probes.weights)
+    correction = 1 - 0.9 ** (step + 1)  # for the zeros that both averages start from
+    correction_sq = (1 - 0.999 ** (step + 1)) ** 0.5
+    with torch.no_grad():  # in place: memory for new tensors would cost more time than the sums
+        for w, gradient, exp_avg, exp_avg_sq in zip(probes.weights, gradients, probes.exp_avg, probes.exp_avg_sq):
+            gradient.addcmul_(w, probes.l2)
+            exp_avg.lerp_(gradient, 0.1)
+            exp_avg_sq.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            # w -= lr * (exp_avg / correction) / (sqrt(exp_avg_sq) / correction_sq + 1e-8)
+            denominator = torch.sqrt(exp_avg_sq, out=gradient).add_(1e-8 * correction_sq)
+            w.addcdiv_(exp_avg, denominator.mul_(correction / correction_sq / -probes.lr))
+
+
+@torch.no_grad()
+def _validation_check(probes, inputs, valid, kind, step, patience):
+    """Score all probes on the validation split and keep the weights of those that are better than ever before."""
+    targets = valid[1]
+    outputs = probabilities(kind, _forward(probes, inputs.valid, inputs.group_sizes), *valid[2:], count=len(targets))
+    score = primary_score(kind, targets, outputs)
+    better = (score > probes.best_score) & (step - probes.best_step <= patience * CHECK)
+    probes.best_score = torch.where(better, score, probes.best_score)
+    probes.best_step = probes.best_step.where(~better, step)
+    for best, w in zip(probes.best_weights, probes.weights):
+        torch.where(better[:, None, None], w, best, out=best)
+
+
+def _finished_probe(configuration, probes, s, inputs):
+    """Probe number `s` of a batch as a `Probe`, with its best weights."""
+    weights = [w[s].detach().clone() for w in probes.best_weights]
+    layers = [(weight, bias[0]) for weight, bias in zip(weights[::2], weights[1::2])]
+    shift, scale = inputs.shift[int(configuration.standardise)], inputs.scale[int(configuration.standardise)]
+    return Probe(configuration, float(probes.best_score[s]), int(probes.best_step[s]), shift, scale, layers)
+
+
+@torch.no_grad()
+def _keep_probes(probes, inputs, keep):
+    """Remove all probes but those at the places `keep` (long) from a batch."""
+    for name, value in list(vars(probes).items()):
+        setattr(probes, name, [w[keep] for w in value] if isinstance(value, list) else value[keep])
+    inputs.group_sizes = torch.bincount(probes.input_group, minlength=len(inputs.standardised)).tolist()
 
 
 def probe_loss(kind, outputs, targets):
-    """The sum over the stack of each member's mean loss: outputs (S, B, C), targets (B,) or (B, C). Members do not mix."""
+    """The sum over the probes of each one's mean loss: outputs (S, B, C), targets (B,) or (B, C)."""
     targets = targets.expand(len(outputs), *targets.shape)
     if kind in ("classes", "key"):
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum") / outputs.shape[1]
@@ -1030,219 +1097,370 @@ def probe_loss(kind, outputs, targets):
     return (outputs - targets).square().sum() / outputs[0].numel()
 
 
-def bootstrap(kind, targets, outputs, metric, resamples=1000, seed=0):
-    """95% interval of a metric over resampled test clips: (low, high). Leading axes of `outputs` are averaged over."""
+def probabilities(kind, outputs, target_index=None, count=None):
+    """A probe's outputs (..., n, C) as they are scored: softmax, sigmoid, or values.
+
+    With `target_index` (n,), their mean over the rows of each of `count` targets: (..., count, C).
+    """
+    if kind in ("classes", "key"):
+        outputs = outputs.softmax(dim=-1)
+    elif kind == "tags":
+        outputs = outputs.sigmoid()
+    if target_index is None:
+        return outputs
+    return mean_rows(outputs.movedim(-2, 0), target_index, count).movedim(0, -2)
+
+
+def mean_rows(rows, index, count):
+    """The mean of the rows (n, ...) that have each index 0 ... count - 1: (count, ...)."""
+    total = rows.new_zeros(count, *rows.shape[1:]).index_add_(0, index, rows)
+    sizes = rows.new_zeros(count).index_add_(0, index, rows.new_ones(len(rows)))  # a GPU would wait for bincount
+    return total / sizes.view(-1, *[1] * (rows.ndim - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The protocol: fit on train, choose on valid, score once on test
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def readable_clips(task, features, split):
+    """Numbers of the clips of one split that could be read. Raises ValueError if there is none."""
+    numbers = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
+    if not numbers:
+        raise ValueError(f"{task.name}: no clip of the {split} split could be read")
+    return numbers
+
+
+def split_rows(task, features, split, rows, per_segment=False):
+    """One split of a representation's `rows` (n, ...): (x, targets, target_index), target_index[i] being the target of x[i].
+
+    x holds the mean of each clip's segments, or with `per_segment` the segments. There is a target for each clip, or for
+    each song where the task scores songs (giantsteps). A clip of any other split is not used. Raises ValueError if no
+    clip can be read or no tag can be scored.
+    """
+    numbers = readable_clips(task, features, split)
+    place = torch.full((len(task.clips),), -1)
+    place[numbers] = torch.arange(len(numbers))
+    clip_index = place[features.clip_index]
+    x, clip_index = rows[clip_index >= 0], clip_index[clip_index >= 0]
+    if not per_segment:
+        x, clip_index = mean_rows(x, clip_index, len(numbers)), torch.arange(len(numbers))
+
+    targets = torch.stack([torch.as_tensor(features.labels[i]) for i in numbers])
+    targets = targets.float() if task.kind in ("tags", "regression") else targets.long()
+    if task.kind == "tags" and split != "train" and (targets == targets[0]).all():
+        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, so none can be scored")
+    target_of_clip = torch.arange(len(numbers))
+    if task.per_group:
+        first = {}
+        for n, i in enumerate(numbers):
+            first.setdefault(task.clips[i].group, n)  # all clips of a song have its label
+        place = {group: n for n, group in enumerate(first)}
+        targets = targets[list(first.values())]
+        target_of_clip = torch.tensor([place[task.clips[i].group] for i in numbers])
+    return x, targets, target_of_clip[clip_index]
+
+
+def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE, progress=None):
+    """A probe for each configuration of `grid` on a representation's `rows` (n, F), and the best one on validation."""
+    x, targets, target_index = split_rows(task, features, "train", rows, per_segment)
+    train = x.to(device), targets[target_index].to(device)
+    valid = [part.to(device) for part in split_rows(task, features, "valid", rows, per_segment)]
+    probes = fit_grid(grid, train, valid, task.kind, len(task.names), seed, patience, progress=progress)
+    return probes, max(probes, key=lambda probe: probe.valid)
+
+
+def fit_all(task, jobs, per_segment=False, seed=0, device="cpu", patience=PATIENCE):
+    """`fit_probes` for several jobs {name: (features, rows, grid)}, on a CPU one on each core: {name: (probes, best)}."""
+    with tqdm(total=sum(len(grid) for _, _, grid in jobs.values()), desc="probes", unit="probe") as bar:
+
+        def fit(name):
+            return fit_probes(task, *jobs[name], per_segment, seed, device, patience, bar.update)
+
+        def cost(name):
+            _, rows, grid = jobs[name]
+            return sum(rows.shape[1] * (1 + sum(c.hidden)) for c in grid)
+
+        names = sorted(jobs, key=cost, reverse=True)  # the longest first, so that no core waits for it at the end
+        fitted = dict(zip(names, on_each_core(fit, names, device=device)))
+    return {name: fitted[name] for name in jobs}
+
+
+def predict(task, features, rows, probe, per_segment=False, device="cpu"):
+    """What a probe says about the test split: (targets, outputs (n, C) float64, groups (n,)).
+
+    Rows (n, V, F) of V corrupted versions give outputs (V, n, C). `groups` numbers the songs that the targets belong to.
+    """
+    x, targets, target_index = split_rows(task, features, "test", rows, per_segment)
+    outputs = probe(x.to(device)).cpu().double().movedim(0, -2)
+    groups = [task.clips[i].group for i in readable_clips(task, features, "test")]
+    if task.per_group:
+        groups = list(dict.fromkeys(groups))
+    number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+    groups = torch.tensor([number[group] for group in groups])
+    return targets, probabilities(task.kind, outputs, target_index, len(targets)), groups
+
+
+def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
+    """95% interval of the primary metric over the test split, (low, high). Leading axes of `outputs` are averaged over.
+
+    Whole groups (songs) are drawn with replacement, because clips of one song are not independent: an interval over
+    clips would be too narrow. `groups` (n,) numbers the group of each target from 0; None: each is its own.
+    """
+    groups = torch.arange(len(targets)) if groups is None else groups
+    members = groups.argsort(stable=True).split(torch.bincount(groups).tolist())
     generator = torch.Generator().manual_seed(seed)
-    n = len(targets)
-    score = primary_score if metric == METRICS[kind][0] else lambda *arguments: evaluate(*arguments)[metric]
     scores = []
     for _ in range(resamples):
-        rows = torch.randint(n, (n,), generator=generator)
-        scores.append(float(score(kind, targets[rows], outputs[..., rows, :]).mean()))
+        drawn = torch.randint(len(members), (len(members),), generator=generator)
+        rows = torch.cat([members[group] for group in drawn.tolist()])
+        scores.append(float(primary_score(kind, targets[rows], outputs[..., rows, :]).mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
 
-def split_rows(task, features, split, rows, per_segment=False):
-    """One split as `fit_grid` takes it: (x, y), x being clips' means, or with `per_segment` their segments.
-
-    Valid and test: (x, y, owner, count), y having an entry for each of `count` owners, clips, or songs where the task scores
-    songs (giantsteps). Raises ValueError for a split in which nothing can be read or scored.
-    """
-    ids = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
-    if not ids:
-        raise ValueError(f"{task.name}: no clip of the {split} split could be read")
-    place = torch.full((len(task.clips),), -1)
-    place[ids] = torch.arange(len(ids))
-    here = place[features.owner] >= 0
-    x, clip = rows[here], place[features.owner[here]]  # the segments of this split, and the clip of each
-    if not per_segment:
-        x = torch.zeros(len(ids), x.shape[1]).index_add_(0, clip, x) / torch.bincount(clip)[:, None]
-        clip = torch.arange(len(ids))
-    y = torch.stack([torch.as_tensor(features.labels[i]) for i in ids])
-    y = y.float() if task.kind in ("tags", "regression") else y.long()
-    if split == "train":
-        return x, y[clip]
-    if task.kind == "tags" and not (y.mean(dim=0) * (1 - y.mean(dim=0))).any():
-        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, so that nothing can be scored on them")
-    groups = [task.clips[i].group if task.per_group else i for i in ids]
-    first = {}
-    for n, group in enumerate(groups):
-        first.setdefault(group, n)  # the clip that a song has its label from
-    number = {group: n for n, group in enumerate(first)}
-    return x, y[list(first.values())], torch.tensor([number[group] for group in groups])[clip], len(number)
+def score_test(task, targets, outputs, groups):
+    """Every metric of what `predict` returned, {name: score}, the primary one's 95% interval, and what was resampled."""
+    clips = Counter(clip.group for clip in task.clips if clip.split == "test")
+    unit = "songs" if max(clips.values()) > 1 else "clips"
+    return evaluate(task.kind, targets, outputs), bootstrap(task.kind, targets, outputs, groups), unit
 
 
-def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", progress=None):
-    """Probes of one representation, its `rows` (n, F): one for each configuration of `grid`, and the best on validation."""
-    train, valid = (split_rows(task, features, split, rows, per_segment) for split in ("train", "valid"))
-    train, valid = ([(t.to(device) if torch.is_tensor(t) else t) for t in part] for part in (train, valid))
-    probes = fit_grid(grid, train, valid, task.kind, len(task.names), seed, progress=progress)
-    return probes, max(probes, key=lambda probe: probe.valid)
+def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE):
+    """The whole protocol for one task and one encoder's features. Returns the results as a plain dict.
 
-
-def predict(task, features, rows, probe, per_segment=False, device="cpu"):
-    """Targets of the test split, and what a probe says of it: probabilities or values, float64."""
-    x, y, *owner = split_rows(task, features, "test", rows, per_segment)
-    return y, probabilities(task.kind, probe(x.to(device)).cpu().double(), *owner)
-
-
-def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
-    """The whole protocol for one task and the representations in `features`. Returns the results as a plain dict.
-
-    A hybrid model is probed three ways, square, vertical and both side by side, and goes on with the one that does best on the
-    validation split (section 4.3). The winner of all configurations alone sees the test split.
+    A hybrid model is probed three ways: square, vertical and both side by side (section 4.3). The best of all
+    configurations of all three on the validation split, and no other, is scored on the test split.
     """
     rows = dict(features.rows)
     if len(rows) == 2:
         rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
-    with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
-        fit = lambda x: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update)
-        longest = sorted(rows, key=lambda name: -rows[name].shape[1])  # first, so that no core waits for it at the end
-        found = dict(zip(longest, on_each_core(fit, [rows[name] for name in longest], device=device)))
-    fitted = {name: found[name] for name in rows}
+    jobs = {name: (features, x, grid) for name, x in rows.items()}
+    fitted = fit_all(task, jobs, per_segment, seed, device, patience)
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
-    y, predicted = predict(task, features, rows[name], winner, per_segment, device)
-    test = {metric: float(score) for metric, score in evaluate(task.kind, y, predicted).items()}
-    counts = Counter(clip.split for i, clip in enumerate(task.clips) if features.labels[i] is not None)
+    targets, outputs, groups = predict(task, features, rows[name], winner, per_segment, device)
+    scores, interval, unit = score_test(task, targets, outputs, groups)
+    counts = Counter(clip.split for clip, label in zip(task.clips, features.labels) if label is not None)
     results = {
         "task": task.name,
         "representation": name,
         "clips": {split: counts[split] for split in SPLITS},
-        "incomplete": bool(task.missing or features.left_out),
+        "incomplete": bool(task.missing or features.skipped),
         "missing": task.missing,
-        "left_out": features.left_out,
+        "skipped": features.skipped,
         "valid": {name: best.valid for name, (_, best) in fitted.items()},
-        "test": test,
-        "interval": bootstrap(task.kind, y, predicted, METRICS[task.kind][0]),
+        "test": {metric: float(score) for metric, score in scores.items()},
+        "interval": interval,
+        "interval_over": unit,
         "winner": winner.configuration._asdict(),
         "grid": {name: [[*p.configuration, p.valid, p.step] for p in probes] for name, (probes, _) in fitted.items()},
         "names": list(task.names),
     }
     if task.kind in ("classes", "key"):
         count = len(task.names)
-        pairs = y * count + predicted.argmax(dim=1)
+        pairs = targets * count + outputs.argmax(dim=1)
         results["confusion"] = torch.bincount(pairs, minlength=count**2).view(count, count).tolist()  # rows: the truth
     elif task.kind == "tags":
-        each = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
-        results["per_tag"] = {name: [None if math.isnan(v) else v for v in values] for name, values in each.items()}
+        results["per_tag"] = {}
+        for metric in (roc_auc, average_precision):
+            values = metric(targets, outputs, average=False).tolist()
+            results["per_tag"][metric.__name__] = [None if math.isnan(value) else value for value in values]
     elif len(task.names) > 1:
-        results["test"] |= {f"r2 {n}": float(score) for n, score in zip(task.names, r2(y, predicted, False))}
+        for target, score in zip(task.names, r2(targets, outputs, average=False)):
+            results["test"][f"r2 {target}"] = float(score)
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint():
-    """The checkpoint under runs/ that was written last."""
+class Encoder(NamedTuple):
+    """An encoder as a command line names it, and where its features and results are kept."""
+
+    name: str
+    encoder: Myna | str
+    key: str  # tells it from all others of its name
+    folder: Path
+
+    def cache(self, task):
+        """The file of its features and its key, as `embed_task` takes them."""
+        return self.folder / f"features_{task.name}_{self.name}.pt", self.key
+
+
+BASELINES = Path("runs/baselines")  # results of encoders without a checkpoint
+
+
+def open_checkpoint(path=None, patch=None):
+    """The model in a checkpoint, or in the newest under runs/, and its path. The model is None if there is no newest."""
+    if path:
+        return load_model(path, patch), Path(path)
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
     if not found:
-        raise ValueError("there is no checkpoint under runs/: `python train.py --demo` makes one, --checkpoint names one elsewhere")
-    return found[-1]
+        return None, None
+    try:
+        return load_model(found[-1], patch), found[-1]
+    except ValueError as error:
+        raise ValueError(f"{error}. It is the newest under runs/; --checkpoint names another one") from error
 
 
-BASELINES = Path("runs/baselines")  # for representations that no checkpoint stands behind
+def choose_encoders(names, args, size=None):
+    """Encoders by name: "checkpoint", "random", "mfcc" or "chroma". Prints a line about each model."""
+    return [_choose_encoder(name, args.checkpoint, args.patch, size, args.seed or 0) for name in names]
 
 
-def hand_made(name):
-    """MFCC or chroma."""
-    return Representation(name, name, "1", BASELINES)
-
-
-def untrained(config, seed):
-    """The encoder of that shape with random weights."""
-    torch.manual_seed(seed)
+def _choose_encoder(name, path, patch, size, seed):
+    if name in HAND_MADE:
+        return Encoder(name, name, "1", BASELINES)
+    if name == "checkpoint":
+        model, path = open_checkpoint(path, patch)
+        if model is None:
+            advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
+            raise ValueError(f"there is no checkpoint under runs/: {advice}")
+        stored = read_checkpoint(path)
+        trained = f", after step {stored['step']} of {stored['settings']['steps']}" if "settings" in stored else ""
+        print(f"checkpoint {path}: {model.config.size}, {model.config.patch}{trained}")
+        folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
+        return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
+    given = path not in (None, "random")
+    model, path = open_checkpoint(path if given else None, patch if given else None)
+    config = model.config if model else Config("tiny", "hybrid")
+    config = replace(config, size=size or config.size, patch=patch or config.patch)
     name = f"random-{config.size}-{config.patch}{'-log' if config.log_mel else ''}"
-    return Representation(Myna(config).eval(), name, f"{name} {seed}", BASELINES)
-
-
-def trained(path, patch=None):
-    """The encoder in a checkpoint; None: in the newest one."""
-    path = Path(path) if path else newest_checkpoint()
-    model = load_model(path, patch)
-    print(f"checkpoint {path}: {model.config.size}, {model.config.patch}")
-    folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem  # a run's own folder, wherever it lies
-    return Representation(model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
-
-
-def choose_representation(args):
-    """What --checkpoint and --features name."""
-    if args.features and args.checkpoint:
-        raise ValueError("--features or --checkpoint: a representation is one or the other")
-    if args.features:
-        return hand_made(args.features)
-    if args.checkpoint == "random":
-        return untrained(Config(args.size, args.patch or "hybrid"), args.seed)
-    return trained(args.checkpoint, args.patch)
+    print(f"random weights: {name}" + (f", settings of {path} where not given" if model else ""))
+    torch.manual_seed(seed)
+    return Encoder(name, Myna(config).eval(), f"{config}, seed {seed}", BASELINES)
 
 
 def embed_files(sources, out, model, per_segment, device, workers):
-    """--embed: vectors of files, or of all below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
-    paths, out = [], Path(out)
-    if out.is_dir():
-        raise ValueError(f"--out {out}: there is a folder of that name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """--embed: vectors of files, or of all in folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
+    paths = []
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source}: there is no such file or folder")
-        paths += [source / name for name in data._walk(source)] if source.is_dir() else [source]
+        paths += [source / name for name in audio_files(source)] if source.is_dir() else [source]
     if not paths:
-        raise ValueError("no audio files there")
+        raise ValueError(f"no audio files in {', '.join(sources)}")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: there is a folder of that name")
     clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
-    features = embed_task(Task("files", "classes", (), clips, (), []), model, device, workers)
-    vectors = torch.cat(list(features.rows.values()), dim=1)
-    owner = features.owner
+    features = embed_task(Task("files", "classes", (), clips, (), []), model, device=device, workers=workers)
+    vectors, index = torch.cat(list(features.rows.values()), dim=1), features.clip_index
+    used, counts = index.unique_consecutive(return_counts=True)
     if per_segment:
-        numbers = torch.cat([torch.arange(int(count)) for count in torch.bincount(owner)])  # of a segment in its file
-        extra = {"seconds": (numbers * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
+        number = torch.cat([torch.arange(count) for count in counts.tolist()])  # of a segment in its file
+        columns = {"seconds": (number * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
     else:
-        used, owner = owner.unique(return_inverse=True)
-        vectors = torch.zeros(len(used), vectors.shape[1]).index_add_(0, owner, vectors) / torch.bincount(owner)[:, None]
-        owner, extra = used, {}
+        vectors = torch.stack([rows.mean(dim=0) for rows in vectors.split(counts.tolist())])
+        index, columns = used, {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "wb") as file:
-        np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in owner]), **extra)
+        np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in index]), **columns)
     os.replace(f"{out}.part", out)
-    print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers from {len(paths) - len(features.left_out)} files")
-    for path, reason in features.left_out:
-        print(f"  left out: {reason}")
+    print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers from {len(used)} files")
+    for _, reason in features.skipped:
+        print(f"  skipped: {reason}")
 
 
-def command_line():
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
-    tasks = "gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: %(default)s)"
-    parser.add_argument("--task", default="synth-key", help=tasks)
-    parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
-    parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
-    parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
-    parser.add_argument("--checkpoint", help="of train.py or the authors', or 'random' (default: the newest under runs/)")
-    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of --checkpoint random, or of a released file")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of --checkpoint random (default: %(default)s)")
-    parser.add_argument("--features", choices=["mfcc", "chroma"], help="a hand-made representation instead of an encoder")
-    parser.add_argument("--per-segment", action="store_true", help="train on segments, average predictions, as the authors do")
-    parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
-    parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
-    parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
-    parser.add_argument("--out", default="vectors.npz", help="for --embed (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=CORES, help="decoding processes (default: %(default)s)")
-    return parser
-
-
-def check(task):
-    """--check: what the splits hold, against the published numbers."""
-    print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {', '.join(task.names[:5])}{', ...' if len(task.names) > 5 else ''}")
+def print_counts(task):
+    """--check: the clips of each split, beside the published numbers."""
+    names = ", ".join(task.names[:5]) + (", ..." if len(task.names) > 5 else "")
+    print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {names}")
     counts = Counter(clip.split for clip in task.clips)
     for split in SPLITS:
         published = f"   published {task.published[split]:6,}" if task.published else ""
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
-    print(f"  {len(task.missing):,} files that the labels name are missing{': ' * bool(task.missing)}{', '.join(task.missing[:5])}")
+    missing = ": " + ", ".join(task.missing[:5]) if task.missing else ""
+    print(f"  {len(task.missing):,} files that the labels name are missing{missing}")
+
+
+def print_results(results, grid_size):
+    """The results of `probe_task` as a table."""
+    clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
+    tried = "all 216 configurations" if grid_size == 216 else f"{grid_size} of the 216 configurations (--grid full for all)"
+    print(f"\n{results['task']} with {results['model']}: {clips} clips, {tried}")
+    primary = next(iter(results["test"]))
+    for name, score in results["valid"].items():
+        chosen = len(results["valid"]) > 1 and name == results["representation"]
+        print(f"  valid  {primary:<20} {score:7.1%}   {name}{'  <- goes on to the test split' if chosen else ''}")
+    low, high = results["interval"]
+    for metric, score in results["test"].items():
+        interval = f"   95% interval over {results['interval_over']}: {low:.1%} to {high:.1%}"
+        print(f"  test   {metric:<20} {score:7.1%}{interval if metric == primary else ''}")
+    winner = dict(results["winner"])
+    hidden = winner.pop("hidden")
+    shape = f"MLP {'-'.join(map(str, hidden))}" if hidden else "linear"
+    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner.items()))
+    if results["incomplete"]:
+        print(f"  INCOMPLETE: {len(results['missing'])} files missing, {len(results['skipped'])} clips unreadable")
+        for _, reason in results["skipped"][:10]:
+            print(f"    {reason}")
+
+
+def command_line():
+    """The parser of the options that are probe.py's alone."""
+    parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
+    parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
+    parser.add_argument("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest's)")
+    parser.add_argument("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
+    parser.add_argument("--per-segment", action="store_true", help="train on segments, average predictions, as the authors do")
+    parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
+    parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
+    parser.add_argument("--out", help="for --embed (default: vectors.npz)")
+    return parser
+
+
+def unused_options(args):
+    """For `run_command`: (whether this mode was chosen, its name, the options that it does not use)."""
+    return [
+        (args.embed, "--embed", ("task", "data", "kind", "check", "features", "grid")),
+        (not args.embed, "a task", ("out",)),
+        (args.check, "--check", ("checkpoint", "patch", "size", "features", "per_segment", "grid", "seed", "device", "workers")),
+        (args.features, f"--features {args.features}", ("checkpoint", "patch", "size", "per_segment")),
+        (args.checkpoint != "random", "the weights of a checkpoint", ("size",)),
+        (args.embed and args.checkpoint != "random", "--embed and the weights of a checkpoint", ("seed",)),
+    ]
+
+
+def run_command(parser, work, unused_options):
+    """Add the options that stages 4 and 5 share, read the command line, and run `work(args)`.
+
+    Options that the chosen mode does not use are refused. A mistake is one sentence on stderr and exit status 2.
+    """
+    tasks = "gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: synth-key)"
+    parser.add_argument("--task", help=tasks)
+    parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
+    parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
+    parser.add_argument("--checkpoint", help="of train.py or the authors', in probe.py also 'random' (default: newest in runs/)")
+    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of a released file, or of --checkpoint random")
+    parser.add_argument("--seed", type=int, help="of the probes and of random weights (default: 0)")
+    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
+    parser.add_argument("--workers", type=int, help=f"decoding processes (default: {CORES})")
+    args = parser.parse_args()
+    try:
+        on_embedded_music = (args.task or "synth-key") in SYNTH, "the embedded music", ("data",)
+        for chosen, mode, options in [*unused_options(args), on_embedded_music]:
+            for option in options:
+                if chosen and getattr(args, option) not in (None, False):
+                    raise ValueError(f"--{option.replace('_', '-')} has no effect with {mode}: leave it out")
+        defaults = {"task": "synth-key", "seed": 0, "device": "cuda" if torch.cuda.is_available() else "cpu", "workers": CORES}
+        for option, default in defaults.items():
+            if getattr(args, option) is None:
+                setattr(args, option, default)
+        check_machine(args)
+        work(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for what workers are in the middle of
 
 
 def check_machine(args):
-    """Raise ValueError for a --device or a number of --workers that is not to be had, before any work is done."""
+    """Raise ValueError for a --device or a number of --workers that cannot be used, before any work is done."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -1253,60 +1471,38 @@ def check_machine(args):
 
 def probe(args):
     """What the command line asks for."""
-    check_machine(args)
-    if args.per_segment and args.features:
-        raise ValueError(f"--per-segment is for encoders; {args.features} describes a clip as a whole")
+    name = "random" if args.checkpoint == "random" else args.features or "checkpoint"
     if args.embed:
-        encoder = choose_representation(args).encoder
-        if not isinstance(encoder, Myna):
-            raise ValueError("--embed takes a --checkpoint, not --features")
-        return embed_files(args.embed, args.out, encoder, args.per_segment, args.device, args.workers)
+        model = choose_encoders([name], args, args.size)[0].encoder
+        return embed_files(args.embed, Path(args.out or "vectors.npz"), model, args.per_segment, args.device, args.workers)
     task = load_task(args.task, args.data, args.kind)
     if args.check:
-        return check(task)
-    representation = choose_representation(args)
-    name, folder = representation.name, representation.folder
-    features = embed_all(task, [representation], args.device, args.workers)[0]
-    quick = (args.grid or ("quick" if task.name.startswith("synth-") else "full")) == "quick"
-    results = probe_task(task, features, QUICK_GRID if quick else GRID, args.per_segment, args.seed, args.device)
-    grid = "quick" if quick else "full"
-    results |= {"model": name, "key": representation.key, "seed": args.seed, "grid_name": grid, "per_segment": args.per_segment}
-    path = folder / f"probe_{task.name}_{name}{'-segments' if args.per_segment else ''}.json"
+        return print_counts(task)
+    encoder = choose_encoders([name], args, args.size)[0]
+    cache = {encoder.name: encoder.cache(task)}
+    features = embed_task(task, {encoder.name: encoder.encoder}, None, args.device, args.workers, cache)[encoder.name]
+    usual = "quick" if task.name in SYNTH else "full"
+    chosen = args.grid or usual
+    grid = QUICK_GRID if chosen == "quick" else GRID
+    results = probe_task(task, features, grid, args.per_segment, args.seed, args.device)
+    results |= {"model": encoder.name, "key": encoder.key, "seed": args.seed, "grid_name": chosen, "per_segment": args.per_segment}
+
+    parts = ["probe", task.name, encoder.name]  # what differs from the defaults is in the file's name
+    parts += [args.kind] if args.kind else []
+    parts += ["segments"] if args.per_segment else []
+    parts += [chosen] if chosen != usual else []
+    parts += [f"seed{args.seed}"] if args.seed else []
+    path = encoder.folder / f"{'_'.join(parts)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)
-
-    primary, (low, high) = METRICS[task.kind][0], results["interval"]
-    clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
-    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
-    print(f"\n{task.name} with {name}: {clips} clips, {tried}")
-    for representation, score in results["valid"].items():
-        chosen = len(results["valid"]) > 1 and representation == results["representation"]
-        mark = "  <- goes on to the test split" if chosen else ""
-        print(f"  valid  {primary:<20} {score:7.1%}   {representation}{mark}")
-    for metric, score in results["test"].items():
-        interval = f"   95% of resamples: {low:.1%} to {high:.1%}" if metric == primary else ""
-        print(f"  test   {metric:<20} {score:7.1%}{interval}")
-    winner = Configuration(**results["winner"])
-    shape = f"MLP {'-'.join(map(str, winner.hidden))}" if winner.hidden else "linear"
-    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner._asdict().items() if name != "hidden"))
-    if results["incomplete"]:
-        print(f"  INCOMPLETE: {len(task.missing)} files missing, {len(features.left_out)} clips unreadable")
-        for _, reason in features.left_out[:10]:
-            print(f"    {reason}")
+    print_results(results, len(grid))
     print(f"  {path}")
 
 
 def main():
     """The command line."""
-    try:
-        probe(command_line().parse_args())
-    except (ValueError, OSError) as error:
-        print(f"probe.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nprobe.py: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for what workers are in the middle of
+    run_command(command_line(), probe, unused_options)
 
 
 if __name__ == "__main__":

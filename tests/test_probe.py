@@ -132,7 +132,7 @@ def test_key_score_is_mirex():
     assert accuracy(np.array([1, 2, 3, 3]), np.array([1, 2, 3, 4])).item() == 0.75
 
 
-# --- the grid --------------------------------------------------------------------------------------------------------
+# --- the grid ----------------------------------------------------------------------------------------------
 
 
 def toy(kind, n=70, features=12, outputs=4, seed=0):
@@ -152,18 +152,31 @@ def toy(kind, n=70, features=12, outputs=4, seed=0):
     return splits
 
 
-def alone(c, train, valid, kind, outputs, seed=0):
+def loss_and_score(kind, outputs, targets):
+    """torch's own loss, and the metric."""
+    if kind == "tags":
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(outputs, targets)
+        return loss, roc_auc(targets, outputs.detach().sigmoid()).item()
+    if kind == "regression":
+        return torch.nn.functional.mse_loss(outputs, targets), r2(targets, outputs.detach()).item()
+    loss = torch.nn.functional.cross_entropy(outputs, targets)
+    return loss, (outputs.argmax(1) == targets).double().mean().item()
+
+
+def alone(c, train, valid, kind, outputs, patience, seed=0):
     """One configuration as a page of PyTorch: nn.Linear, torch's Adam, a loop."""
     (x, y), (valid_x, valid_y), n = train, valid, len(train[0])
     draws = generator(seed)
-    mean, deviation = (x.mean(0), x.std(0, correction=0)) if c.standardise else (0, 1)
-    x, valid_x = (x - mean) / deviation, (valid_x - mean) / deviation
+    mean, std = (x.mean(0), x.std(0, correction=0)) if c.standardise else (0, 1)
+    x, valid_x = (x - mean) / std, (valid_x - mean) / std
     layers = []
     for a, b in itertools.pairwise((x.shape[1], *c.hidden, outputs)):
-        layer, first = torch.nn.Linear(a, b), (torch.rand(a + 1, b, generator=draws) * 2 - 1) / a**0.5
-        layer.weight.data, layer.bias.data = first[:-1].T.clone(), first[-1].clone()
+        layer = torch.nn.Linear(a, b)
+        initial = (torch.rand(a + 1, b, generator=draws) * 2 - 1) / a**0.5
+        layer.weight.data, layer.bias.data = initial[:-1].T.clone(), initial[-1].clone()
         layers.append(layer)
-    optimizer = torch.optim.Adam([p for layer in layers for p in layer.parameters()], lr=c.lr, weight_decay=c.l2)
+    weights = [weight for layer in layers for weight in layer.parameters()]
+    optimizer = torch.optim.Adam(weights, lr=c.lr, weight_decay=c.l2)
 
     def forward(h, train):
         for i, layer in enumerate(layers):
@@ -173,22 +186,19 @@ def alone(c, train, valid, kind, outputs, seed=0):
             h = h.relu() if i < len(layers) - 1 else h
         return h
 
-    loss = {"classes": torch.nn.functional.cross_entropy, "key": torch.nn.functional.cross_entropy,
-            "tags": torch.nn.functional.binary_cross_entropy_with_logits, "regression": torch.nn.functional.mse_loss}[kind]  # fmt: skip
-    best, at, step = -math.inf, 0, 0
+    best, best_step, step = -math.inf, 0, 0
     while True:
         if step % 8 == 0:
             with torch.no_grad():
                 out = forward(valid_x, False)
-            score = {"classes": lambda: (out.argmax(1) == valid_y).double().mean().item(), "tags": lambda: roc_auc(valid_y, out.sigmoid()).item(),
-                     "regression": lambda: r2(valid_y, out).item()}[kind]()  # fmt: skip
+            score = loss_and_score(kind, out, valid_y)[1]
             if score > best:
-                best, at, kept = score, step, forward(valid_x, False).detach()
-            if step - at >= 256 * 8:
-                return best, at, kept
+                best, best_step, kept = score, step, out
+            if step - best_step >= patience * 8:
+                return best, best_step, kept
         rows = torch.randperm(n, generator=draws)[: min(c.batch, n)]
         optimizer.zero_grad()
-        loss(forward(x[rows], True), y[rows]).backward()
+        loss_and_score(kind, forward(x[rows], True), y[rows])[0].backward()
         optimizer.step()
         step += 1
 
@@ -202,7 +212,7 @@ def double():
 
 
 @pytest.mark.parametrize("kind, hidden", [("classes", ()), ("tags", (9,)), ("regression", (8, 5)), ("classes", (16,))])
-def test_each_probe_of_a_stack_is_what_it_would_be_alone(kind, hidden, double):
+def test_each_probe_of_a_batch_is_what_it_would_be_alone(kind, hidden, double):
     train, valid = toy(kind)
     configurations = [
         Configuration(True, hidden, 32, 1e-2, 0.5, 0.0),
@@ -210,51 +220,100 @@ def test_each_probe_of_a_stack_is_what_it_would_be_alone(kind, hidden, double):
         Configuration(True, hidden, 32, 3e-3, 0.0, 1e-4),
         Configuration(True, hidden, 256, 1e-2, 0.25, 0.0),  # a batch larger than the split
     ]
-    together = fit_grid(configurations, train, valid, kind, 4)
+    together = fit_grid(configurations, train, valid, kind, 4, patience=12)
     assert [p.configuration for p in together] == configurations
     for c, found in zip(configurations, together):
-        best, at, outputs = alone(c, train, valid, kind, 4)
-        assert found.step == at and found.valid == pytest.approx(best, abs=1e-5)
+        best, step, outputs = alone(c, train, valid, kind, 4, patience=12)
+        assert found.step == step and found.valid == pytest.approx(best, abs=1e-5)
         assert (found(valid[0]) - outputs).abs().max() < 1e-4 * outputs.abs().max()
-    steps = {p.step for p in together}
-    assert len(steps) > 1  # they stopped at different times, and the stack went on without them
+    # They stopped at different checks of the eight between two removals, and the batch went on without them.
+    assert len({p.step // 64 for p in together if p.configuration.batch == 32}) > 1
 
 
-def test_the_same_probe_comes_from_any_stack():
+def test_the_same_probe_comes_from_any_batch():
     train, valid = toy("classes")
     chosen = [c for c in probe.GRID if c.batch == 64 and c.hidden == () and c.lr == 1e-3]
-    together, single = fit_grid(chosen, train, valid, "classes", 4), fit_grid(chosen[5:6], train, valid, "classes", 4)[0]
+    together = fit_grid(chosen, train, valid, "classes", 4, patience=24)
+    single = fit_grid(chosen[5:6], train, valid, "classes", 4, patience=24)[0]
     assert together[5].step == single.step and together[5].valid == single.valid
     assert torch.allclose(together[5].layers[0][0], single.layers[0][0], atol=1e-5)
 
 
 def test_a_probe_reports_the_score_of_the_weights_it_keeps():
     train, valid = toy("tags")
-    for found in fit_grid(probe.QUICK_GRID[::5], train, valid, "tags", 4):
+    for found in fit_grid(probe.QUICK_GRID[::5], train, valid, "tags", 4, patience=24):
         assert roc_auc(valid[1], found(valid[0]).sigmoid()).item() == pytest.approx(found.valid, abs=1e-6)
 
 
-def test_owners_are_scored_by_the_mean_of_their_rows():
+def test_a_number_of_steps_ends_all_probes():
+    train, valid = toy("classes")
+    counts = []
+    configurations = probe.QUICK_GRID[:3]
+    three = fit_grid(configurations, train, valid, "classes", 4, steps=3, progress=counts.append)
+    four = fit_grid(configurations, train, valid, "classes", 4, steps=4)
+    assert counts == [3] and [p.configuration for p in three] == configurations
+    assert 0 < (four[0].layers[0][0] - three[0].layers[0][0]).abs().max() < 0.01  # one more step of Adam at 1e-3
+
+
+def test_targets_are_scored_by_the_mean_of_their_rows():
     outputs = torch.randn(2, 6, 3, generator=generator(1))
-    owner = torch.tensor([0, 0, 1, 2, 2, 2])
-    averaged = probe.probabilities("classes", outputs, owner, 3)
-    assert torch.allclose(averaged[1, 2], outputs[1, 3:].softmax(-1).mean(0)) and torch.allclose(averaged[0, 1], outputs[0, 2].softmax(-1))
+    target_index = torch.tensor([0, 0, 1, 2, 2, 2])
+    averaged = probe.probabilities("classes", outputs, target_index, 3)
+    assert averaged.shape == (2, 3, 3)
+    assert torch.allclose(averaged[1, 2], outputs[1, 3:].softmax(-1).mean(0))
+    assert torch.allclose(averaged[0, 1], outputs[0, 2].softmax(-1))
 
 
 def test_the_grid_is_appendix_c():
-    assert len(set(probe.GRID)) == 216 and len(set(probe.QUICK_GRID)) == 24 and set(probe.QUICK_GRID) <= set(probe.GRID)
+    assert len(set(probe.GRID)) == 216 and len(set(probe.QUICK_GRID)) == 24
+    assert set(probe.QUICK_GRID) <= set(probe.GRID)
     for name, values in {
-        "standardise": {False, True}, "hidden": {(), (512,)}, "batch": {64, 256}, "lr": {1e-5, 1e-4, 1e-3},
-        "dropout": {0.25, 0.5, 0.75}, "l2": {0, 1e-4, 1e-3},
-    }.items():  # fmt: skip
+        "standardise": {False, True},
+        "hidden": {(), (512,)},
+        "batch": {64, 256},
+        "lr": {1e-5, 1e-4, 1e-3},
+        "dropout": {0.25, 0.5, 0.75},
+        "l2": {0, 1e-4, 1e-3},
+    }.items():
         assert {getattr(c, name) for c in probe.GRID} == values
 
 
 def test_bootstrap_interval_covers_what_it_should():
     y = torch.cat([torch.zeros(300), torch.ones(100)]).long()
     outputs = torch.tensor([1.0, 0.0]).expand(400, 2)  # always class 0: accuracy 0.75, standard error 0.0217
-    low, high = probe.bootstrap("classes", y, outputs, "accuracy")
-    assert low == pytest.approx(0.75 - 1.96 * 0.02165, abs=0.01) and high == pytest.approx(0.75 + 1.96 * 0.02165, abs=0.01)
+    low, high = probe.bootstrap("classes", y, outputs)
+    assert low == pytest.approx(0.75 - 1.96 * 0.02165, abs=0.01)
+    assert high == pytest.approx(0.75 + 1.96 * 0.02165, abs=0.01)
+    # Every clip four times, as four clips of a song: no more is known than before, only over clips it seems so.
+    songs = torch.arange(400).repeat(4)
+    four, many = y.repeat(4), outputs.repeat(4, 1)
+    assert probe.bootstrap("classes", four, many, songs) == pytest.approx((low, high), abs=1e-9)
+    low_of_clips, high_of_clips = probe.bootstrap("classes", four, many)
+    assert high_of_clips - low_of_clips < 0.6 * (high - low)
+
+
+@pytest.mark.parametrize("kind", ["tags", "regression", "key"])
+def test_bootstrap_draws_whole_songs(kind):
+    """Against dictionaries and lists: the same songs drawn, all clips of each as often as it is drawn."""
+    g = generator(3)
+    outputs = torch.rand(2, 30, 24, generator=g).double()
+    y = {
+        "tags": (torch.rand(30, 24, generator=g) < 0.5).double(),
+        "regression": torch.randn(30, 24, generator=g),
+        "key": torch.randint(24, (30,), generator=g),
+    }[kind]
+    songs = torch.tensor([0, 1, 0, 2, 3, 3, 3, 4, 5, 6] + list(range(7, 27)))[torch.randperm(30, generator=g)]
+    clips_of = {song: [i for i in range(30) if songs[i] == song] for song in range(27)}
+    draws, scores = generator(5), []
+    for _ in range(40):
+        drawn = torch.randint(27, (27,), generator=draws).tolist()
+        clips = [clip for song in drawn for clip in clips_of[song]]
+        each = []
+        for version in outputs:
+            each.append(float(next(iter(probe.evaluate(kind, y[clips], version[clips]).values()))))
+        scores.append(sum(each) / 2)
+    expected = np.quantile(scores, [0.025, 0.975])
+    assert probe.bootstrap(kind, y, outputs, songs, resamples=40, seed=5) == pytest.approx(tuple(expected))
 
 
 # --- features --------------------------------------------------------------------------------------------------------
