@@ -1443,7 +1443,8 @@ def run_command(parser, work, unused_options):
         on_embedded_music = (args.task or "synth-key") in SYNTH, "the embedded music", ("data",)
         for chosen, mode, options in [*unused_options(args), on_embedded_music]:
             for option in options:
-                if chosen and getattr(args, option) not in (None, False):
+                value = getattr(args, option)
+                if chosen and value is not None and value is not False:
                     raise ValueError(f"--{option.replace('_', '-')} has no effect with {mode}: leave it out")
         defaults = {"task": "synth-key", "seed": 0, "device": "cuda" if torch.cuda.is_available() else "cpu", "workers": CORES}
         for option, default in defaults.items():

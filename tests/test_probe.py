@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -1015,12 +1017,12 @@ def test_csv_that_is_no_text(table, tmp_path):
         load_task(tmp_path / "none.csv")
 
 
-# --- the whole stage -------------------------------------------------------------------------------------------------
+# --- the whole stage ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """A folder with 24 tones of two loudness-independent timbres, a corrupt file, a short one, a missing one, and a model."""
+    """24 tones of two loudness-independent timbres, a corrupt file, a short one, a missing one, and a model."""
     folder = tmp_path_factory.mktemp("labelled")
     rng, rows = np.random.default_rng(0), ["path,label,split"]
     for i in range(24):
@@ -1033,34 +1035,183 @@ def labelled(tmp_path_factory):
     (folder / "labels.csv").write_text("\n".join([*rows, "bad.wav,tone,train", "gone.wav,tone,train"]))
     torch.manual_seed(0)
     (folder / "runs/small").mkdir(parents=True)
-    save_model(Myna(Config("tiny", "hybrid")), folder / "runs/small/checkpoint.pt")
+    settings = {"steps": 600}
+    save_model(Myna(Config("tiny", "hybrid")), folder / "runs/small/checkpoint.pt", step=3, settings=settings)
     return folder
 
 
-def call(folder, *arguments):
-    return subprocess.run([sys.executable, ROOT / "probe.py", *map(str, arguments)], cwd=folder, capture_output=True, text=True, timeout=170)
+def in_this_process(function, jobs, workers):
+    return (function(*job) for job in jobs)
 
 
-def test_from_a_table_of_labels_to_a_result(labelled, monkeypatch, capfd):
+@pytest.fixture
+def command(labelled, monkeypatch, capfd):
+    """Runs probe.py in the folder, without worker processes, with little patience and a small grid: what it printed."""
     monkeypatch.chdir(labelled)
-    monkeypatch.setattr(probe, "QUICK_GRID", [c for c in probe.QUICK_GRID if not c.hidden])  # the slow half left out
+    monkeypatch.setattr(probe, "in_workers", in_this_process)
+    monkeypatch.setattr(probe, "probe_task", partial(probe.probe_task, patience=16))
+    few = [c for c in probe.QUICK_GRID if not c.hidden and c.dropout == 0.25]
+    monkeypatch.setattr(probe, "QUICK_GRID", few)
+    monkeypatch.setattr(probe, "GRID", few[:2])
 
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["probe.py", "--task", "labels.csv", "--grid", "quick", "--workers", "1", *arguments])
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, arguments)])
         probe.main()
         return capfd.readouterr().out
 
-    said = call()
-    for word in ("runs/small/checkpoint.pt", "24 of the 216", "square", "vertical", "concatenated", "INCOMPLETE: 1 files missing, 1 clips unreadable", "bad.wav"):
-        assert word in said, word
-    results = json.loads((labelled / "runs/small/probe_labels_hybrid.json").read_text())
-    assert results["clips"] == {"train": 12, "valid": 6, "test": 6} and results["incomplete"] and results["missing"] == ["gone.wav"]
-    assert results["test"]["accuracy"] == 1 and results["interval"] == [1, 1] and results["confusion"] == [[3, 0], [0, 3]]
-    assert set(results["valid"]) == {"square", "vertical", "concatenated"} and all(len(g) == 12 for g in results["grid"].values())
-    assert "features from" in call("--per-segment")  # the sound was not read again
-    assert json.loads((labelled / "runs/small/probe_labels_hybrid-segments.json").read_text())["test"]["accuracy"] == 1
-    call("--features", "mfcc")
-    assert (labelled / "runs/baselines/probe_labels_mfcc.json").exists()
+    return run
+
+
+def test_from_a_table_of_labels_to_a_result(labelled, command, monkeypatch):
+    monkeypatch.setattr(probe, "in_workers", data.in_workers)
+    task = ("--task", "labels.csv", "--grid", "quick", "--workers", 1)
+    said = command(*task)
+    for words in (
+        "checkpoint runs/small/checkpoint.pt: tiny, hybrid, after step 3 of 600",
+        "4 of the 216",
+        "square",
+        "vertical",
+        "concatenated",
+        "95% interval over clips",
+        "INCOMPLETE: 1 files missing, 1 clips unreadable",
+        "bad.wav",
+        "runs/small/probe_labels_hybrid_quick.json",
+    ):
+        assert words in said, words
+    results = json.loads((labelled / "runs/small/probe_labels_hybrid_quick.json").read_text())
+    assert results["clips"] == {"train": 12, "valid": 6, "test": 6}
+    assert results["incomplete"] and results["missing"] == ["gone.wav"]
+    assert results["skipped"][0][0] == "bad.wav" and "libsndfile" in results["skipped"][0][1]
+    assert results["test"]["accuracy"] == 1 and results["interval"] == [1, 1]
+    assert results["confusion"] == [[3, 0], [0, 3]]
+    assert set(results["valid"]) == {"square", "vertical", "concatenated"}
+    assert all(len(tried) == 4 for tried in results["grid"].values())
+    checkpoint = (labelled / "runs/small/checkpoint.pt").read_bytes()
+    assert results["key"] == hashlib.sha1(checkpoint).hexdigest()
+    assert "features from" in command(*task, "--per-segment")  # the sound was not read again
+    segments = json.loads((labelled / "runs/small/probe_labels_hybrid_segments_quick.json").read_text())
+    assert segments["test"]["accuracy"] == 1
+    command(*task, "--features", "mfcc")
+    assert (labelled / "runs/baselines/probe_labels_mfcc_quick.json").exists()
+
+
+def test_results_of_other_questions_have_other_names(labelled, command):
+    folder = labelled / "runs/small"
+    for path in folder.glob("probe_*"):
+        path.unlink()
+    task = ("--task", "labels.csv", "--workers", 1)
+    command(*task)
+    command(*task, "--grid", "full")
+    command(*task, "--grid", "quick")
+    command(*task, "--per-segment")
+    command(*task, "--seed", 1)
+    command(*task, "--kind", "classes")
+    names = {path.name for path in folder.glob("probe_*")}
+    assert names == {
+        "probe_labels_hybrid.json",  # the second asks what the first did
+        "probe_labels_hybrid_quick.json",
+        "probe_labels_hybrid_segments.json",
+        "probe_labels_hybrid_seed1.json",
+        "probe_labels_hybrid_classes.json",
+    }
+
+
+def test_features_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "in_workers", in_this_process)
+    for i in range(4):
+        sound(tmp_path / f"{i}.wav", 4.0)
+    clips = [probe.Clip(tmp_path / f"{i}.wav", 0.0, None, i, "train", str(i)) for i in range(4)]
+    task = probe.Task("t", "classes", tuple("abcd"), clips, probe.METRICS["classes"], [])
+    path = tmp_path / "kept/features.pt"
+
+    def embed(task, key="1"):
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        features = probe.embed_task(task, {"x": "mfcc"}, workers=1, cache={"x": (path, key)})["x"]
+        return features, path.stat().st_mtime_ns == before
+
+    first, kept = embed(task)
+    assert not kept
+    again, kept = embed(task)
+    assert kept and torch.equal(again.rows["mfcc"], first.rows["mfcc"]) and again.labels == first.labels
+    assert embed(task)[1]
+    assert not embed(task, key="2")[1]
+    os.utime(tmp_path / "2.wav", (1, 1))
+    assert not embed(task, key="2")[1]
+    moved = replace(task, clips=[clips[0]._replace(offset=0.5), *clips[1:]])
+    assert not embed(moved, key="2")[1]
+    assert embed(replace(moved, clips=[c._replace(split="unused") for c in moved.clips]), key="2")[1]
+    monkeypatch.setattr(data, "HOP", 256)
+    assert not embed(moved, key="2")[1]
+    path.write_bytes(path.read_bytes()[:-100])  # cut short: made again
+    assert not embed(moved, key="2")[1] and embed(moved, key="2")[1]
+
+
+@pytest.mark.parametrize("best", ["square", "vertical", "concatenated"])
+def test_the_best_patch_shape_on_validation_goes_on(best, command, monkeypatch):
+    """Only one of two shapes describes the labels, or only both together do; and test never decides."""
+    g = generator(0)
+    clips, labels = [], []
+    for i in range(360):
+        split = ("train", "valid", "test")[i % 3]
+        label = i // 3 % 4
+        clips.append(probe.Clip(Path(f"{i}.wav"), 0.0, None, label, split, str(i)))
+        labels.append(label)
+    task = probe.Task("t", "classes", tuple("abcd"), clips, probe.METRICS["classes"], [])
+    y = torch.tensor(labels)
+    told = {"square": (y, y * 0), "vertical": (y * 0, y), "concatenated": (y // 2, y % 2)}[best]
+    rows = {}
+    for name, part in zip(("square", "vertical"), told):
+        rows[name] = torch.nn.functional.one_hot(part, 4).float() + 0.01 * torch.randn(360, 4, generator=g)
+    for name in rows:  # on the test split the others are right
+        if name != best and best != "concatenated":
+            rows[name][2::3] = torch.nn.functional.one_hot(y[2::3], 4).float()
+    features = probe.Features(rows, torch.arange(360), labels, [])
+    grid = [c for c in probe.GRID if not c.hidden][:1]
+    grid = [c._replace(lr=0.03) for c in grid]
+    results = probe.probe_task(task, features, grid, patience=16)
+    assert results["representation"] == best == max(results["valid"], key=results["valid"].get)
+    others = [score for name, score in results["valid"].items() if name not in (best, "concatenated")]
+    assert results["valid"][best] == 1 and max(others) < 0.8
+    assert results["test"]["accuracy"] == 1
+
+
+def test_random_weights_are_shaped_like_the_newest_checkpoint(labelled, command, tmp_path, monkeypatch):
+    task = ("--task", "labels.csv", "--checkpoint", "random", "--workers", 1)
+    folder = labelled / "runs/other"
+    folder.mkdir()
+    try:
+        save_model(Myna(Config("tiny", "square", log_mel=True)), folder / "checkpoint.pt")
+        said = command(*task)
+        assert "random weights: random-tiny-square-log, settings of runs/other/checkpoint.pt" in said
+        assert (labelled / "runs/baselines/probe_labels_random-tiny-square-log.json").exists()
+        said = command(*task, "--patch", "vertical")
+        assert "random weights: random-tiny-vertical-log" in said
+    finally:
+        (folder / "checkpoint.pt").unlink()
+        folder.rmdir()
+    (tmp_path / "a.wav").write_bytes((labelled / "1.wav").read_bytes())
+    monkeypatch.chdir(tmp_path)  # no checkpoint here
+    command("--embed", "a.wav", "--checkpoint", "random", "--patch", "vertical", "--workers", 1)
+    with np.load(tmp_path / "vectors.npz") as found:
+        torch.manual_seed(0)
+        expected = Myna(Config("tiny", "vertical")).embed(data.mel_segments(data.load_audio("a.wav")))
+        assert np.allclose(found["vectors"], expected.mean(dim=0), atol=1e-5)
+
+
+def test_a_damaged_newest_checkpoint_is_named(labelled, command, capfd):
+    folder = labelled / "runs/zz_damaged"
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes((labelled / "runs/small/checkpoint.pt").read_bytes()[:5000])
+    try:
+        with pytest.raises(SystemExit):
+            command("--task", "labels.csv")
+        said = capfd.readouterr().err
+        assert "runs/zz_damaged/checkpoint.pt" in said and "--checkpoint names another one" in said
+        assert said.startswith("probe.py: ") and said.count("\n") == 1
+        assert "runs/small" in command("--embed", "1.wav", "--checkpoint", "runs/small/checkpoint.pt", "--workers", 1)
+    finally:
+        (folder / "checkpoint.pt").unlink()
+        folder.rmdir()
 
 
 def test_features_of_a_clip_are_the_mean_of_its_segments(labelled):
@@ -1068,52 +1219,123 @@ def test_features_of_a_clip_are_the_mean_of_its_segments(labelled):
     torch.manual_seed(0)
     model = Myna(Config("tiny", "hybrid"))
     features = probe.embed_task(task, model, workers=1)
-    x, y = probe.split_rows(task, features, "train", features.rows["vertical"])[:2]
+    x, y, target_index = probe.split_rows(task, features, "train", features.rows["vertical"])
     clips = [clip for clip in task.clips if clip.split == "train" and clip.path.name != "bad.wav"]
-    assert len(x) == len(clips)
+    assert len(x) == len(clips) and target_index.tolist() == list(range(len(clips)))
     for row, label, clip in zip(x, y, clips):
         mel = data.mel_spectrogram(data.load_audio(clip.path)).half()
         assert torch.allclose(row, model.embed(data.segments(mel), "vertical").mean(dim=0), atol=1e-4)
         assert label == clip.label
-    assert features.left_out[0][0].endswith("bad.wav") and "libsndfile" in features.left_out[0][1]
+    assert features.skipped[0][0].endswith("bad.wav") and "libsndfile" in features.skipped[0][1]
+
+
+def twice(wave, clip):
+    """Two versions of a clip, which can be told from each other and depend on the clip."""
+    return [wave, wave.flip(0) * (1 + len(clip.path.name))]
+
+
+def loudest(wave):
+    return wave.abs().max()[None]
+
+
+def test_several_encoders_and_corrupted_clips(labelled, tmp_path):
+    for name, number in (("a", 1), ("bb", 4), ("short", 0)):
+        (tmp_path / f"{name}.wav").write_bytes((labelled / f"{number}.wav").read_bytes())
+    rng = np.random.default_rng(0)
+    soundfile.write(tmp_path / "long.wav", 0.1 * rng.standard_normal(16_000 * 10), 16_000)
+    clips = [probe.Clip(p, 0.0, None, 0, "test", p.name) for p in sorted(tmp_path.glob("*.wav"))]
+    task = probe.Task("t", "classes", ("x",), clips, (), [])
+    torch.manual_seed(0)
+    models = {"one": Myna(Config("tiny", "hybrid")), "other": Myna(Config("tiny", "square"))}
+    encoders = {**models, "mfcc": "mfcc", "mine": loudest}
+    clean = probe.embed_task(task, encoders, workers=2)
+    found = probe.embed_task(task, encoders, corrupt=twice, workers=2)
+    assert {name: list(f.rows) for name, f in found.items()} == {
+        "one": ["square", "vertical"], "other": ["square"], "mfcc": ["mfcc"], "mine": ["loudest"]
+    }  # fmt: skip
+    assert clean["one"].clip_index.tolist() == [0, 1, 2, 2, 2, 3] and clean["mine"].clip_index.tolist() == [0, 1, 2, 3]
+    for number, clip in enumerate(clips):
+        wave = data.load_audio(clip.path)
+        for version, heard in enumerate(twice(wave, clip)):
+            mel = data.mel_segments(heard)
+            for name, model in models.items():
+                for patch in model.patches:
+                    expected = model.embed(mel, patch).mean(dim=0)
+                    row = found[name].rows[patch][number, version]
+                    assert torch.allclose(row, expected, atol=1e-4)
+            assert torch.allclose(found["mfcc"].rows["mfcc"][number, version], probe.mfcc(heard), atol=1e-3)
+            assert found["mine"].rows["loudest"][number, version] == heard.abs().max()
+        expected = models["one"].embed(data.mel_segments(wave), "square")
+        assert torch.allclose(clean["one"].rows["square"][clean["one"].clip_index == number], expected, atol=1e-4)
+    alone = probe.embed_task(task, models["other"], workers=1)
+    assert torch.allclose(alone.rows["square"], clean["other"].rows["square"], atol=1e-4)
 
 
 def test_tags_that_cannot_be_scored_are_a_sentence():
-    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [1.0, 0.0], split, str(i)) for i, split in enumerate(("train", "valid", "valid"))]
+    splits = ("train", "valid", "valid")
+    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [1.0, 0.0], s, str(i)) for i, s in enumerate(splits)]
     task = probe.Task("t", "tags", ("a", "b"), clips, probe.METRICS["tags"], [])
     rows = torch.randn(3, 4)
     features = probe.Features({"x": rows}, torch.arange(3), [clip.label for clip in clips], [])
     assert len(probe.split_rows(task, features, "train", rows)[0]) == 1
     with pytest.raises(ValueError, match="t: no tag is on some valid clips"):
         probe.split_rows(task, features, "valid", rows)
+    with pytest.raises(ValueError, match="t: no clip of the test split"):
+        probe.split_rows(task, features, "test", rows)
 
 
 def test_targets_are_in_the_order_of_the_clips():
     clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, i % 5, "valid", f"song {i // 3}") for i in range(12)]
     task = probe.Task("t", "classes", tuple("abcde"), clips, probe.METRICS["classes"], [])
-    rows, owner = torch.randn(24, 4), torch.arange(12).repeat_interleave(2)
-    features = probe.Features({"x": rows}, owner, [clip.label for clip in clips], [])
-    x, y, who, count = probe.split_rows(task, features, "valid", rows)
-    assert count == 12 and y.tolist() == [i % 5 for i in range(12)] and who.tolist() == list(range(12))
+    rows, clip_index = torch.randn(24, 4), torch.arange(12).repeat_interleave(2)
+    features = probe.Features({"x": rows}, clip_index, [clip.label for clip in clips], [])
+    x, y, target_index = probe.split_rows(task, features, "valid", rows)
+    assert y.tolist() == [i % 5 for i in range(12)] and target_index.tolist() == list(range(12))
     assert torch.allclose(x, rows.view(12, 2, 4).mean(dim=1))
     task.per_group = True
-    x, y, who, count = probe.split_rows(task, features, "valid", rows, per_segment=True)
-    assert count == 4 and y.tolist() == [0, 3, 1, 4] and who.tolist() == [i // 6 for i in range(24)] and torch.equal(x, rows)
+    x, y, target_index = probe.split_rows(task, features, "valid", rows, per_segment=True)
+    assert y.tolist() == [0, 3, 1, 4] and target_index.tolist() == [i // 6 for i in range(24)]
+    assert torch.equal(x, rows)
 
 
-def test_just_the_embeddings(labelled):
-    done = call(labelled, "--embed", ".", "--out", "deep/v.npz", "--workers", 1)
-    assert done.returncode == 0 and "bad.wav" in done.stdout, done.stderr
+@pytest.mark.parametrize("per_group", [False, True])
+def test_predictions_carry_the_songs_that_are_resampled(per_group):
+    songs = ["b", "a", "b", "unread", "c", "a"]
+    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, 0, "test", song) for i, song in enumerate(songs)]
+    task = probe.Task("t", "classes", ("x", "y"), clips, probe.METRICS["classes"], [], per_group)
+    features = probe.Features({}, torch.tensor([0, 1, 1, 2, 4, 5]), [0, 1, 0, None, 1, 1], [])
+    rows = torch.randn(6, 3, 2, generator=generator(0))  # three versions
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    found = probe.Probe(None, 0, 0, torch.zeros(2), torch.ones(2), [(weight, torch.zeros(2))])
+    y, outputs, groups = probe.predict(task, features, rows, found)
+    clip_means = torch.stack([rows[0], rows[1:3].mean(dim=0), rows[3], rows[4], rows[5]]).double().softmax(dim=-1)
+    if per_group:
+        clip_means = torch.stack([clip_means[[0, 2]].mean(dim=0), clip_means[[1, 4]].mean(dim=0), clip_means[3]])
+    assert y.tolist() == ([0, 1, 1] if per_group else [0, 1, 0, 1, 1])
+    assert groups.tolist() == ([0, 1, 2] if per_group else [0, 1, 0, 2, 1])
+    assert outputs.shape == (3, len(y), 2) and outputs.dtype == torch.float64
+    assert torch.allclose(outputs, clip_means.transpose(0, 1), atol=1e-6)
+    one = probe.predict(task, features, rows[:, 1], found)[1]
+    assert torch.allclose(one, outputs[1])
+    assert probe.score_test(task, y, outputs, groups)[2] == "songs"
+
+
+def test_just_the_embeddings(labelled, command):
+    said = command("--embed", ".", "--out", "deep/v.npz", "--workers", 1)
+    assert "skipped: " in said and "bad.wav" in said
     with np.load(labelled / "deep/v.npz") as found:
         assert found["vectors"].shape == (24, 256) and len(found["paths"]) == 24
-        name = str(found["paths"][5])
-        torch.manual_seed(0)
-        mel = data.mel_spectrogram(data.load_audio(labelled / name)).half()
-        expected = Myna(Config("tiny", "hybrid")).embed(data.segments(mel)).mean(dim=0)
-        assert np.allclose(found["vectors"][5], expected, atol=1e-4)
-    assert call(labelled, "--embed", "1.wav", "3.wav", "--out", "s.npz", "--per-segment", "--workers", 1).returncode == 0
+        for vector, name in list(zip(found["vectors"], found["paths"]))[:6]:
+            torch.manual_seed(0)
+            mel = data.mel_segments(data.load_audio(labelled / str(name)))
+            expected = Myna(Config("tiny", "hybrid")).embed(mel).mean(dim=0)
+            assert np.allclose(vector, expected, atol=1e-6)
+    soundfile.write(labelled / "long.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000 * 7), 16_000)
+    command("--embed", "1.wav", "long.wav", "3.wav", "--out", "s.npz", "--per-segment", "--workers", 1)
     with np.load(labelled / "s.npz") as found:
-        assert found["vectors"].shape == (2, 256) and found["seconds"].tolist() == [0, 0]
+        assert found["vectors"].shape == (4, 256) and np.allclose(found["seconds"], [0, 0, 96 * 512 / 16_000, 0])
+        assert found["paths"].tolist() == ["1.wav", "long.wav", "long.wav", "3.wav"]
+    (labelled / "long.wav").unlink()
 
 
 def test_cores_are_shared_and_given_back():
@@ -1130,6 +1352,9 @@ def test_cores_are_shared_and_given_back():
         torch.set_num_threads(before)
 
 
+OWN = ["--task", "labels.csv"]
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
@@ -1139,25 +1364,37 @@ def test_cores_are_shared_and_given_back():
         (["--checkpoint", "missing.pt"], "no such checkpoint"),
         (["--embed", "missing"], "no such file or folder"),
         (["--embed", "1.wav", "--out", "runs"], "there is a folder of that name"),
-        (["--task", "labels.csv", "--device", "nonsense"], "--device nonsense cannot be used here"),
-        (["--task", "labels.csv", "--workers", "0"], "at least one process"),
-        (["--task", "labels.csv", "--features", "mfcc", "--per-segment"], "--per-segment is for encoders"),
-        (["--task", "labels.csv", "--features", "mfcc", "--checkpoint", "random"], "one or the other"),
+        ([*OWN, "--device", "nonsense"], "--device nonsense cannot be used here"),
+        ([*OWN, "--workers", "0"], "at least one process"),
         (["--task", "synth-key", "--kind", "tags"], "for a table of your own"),
+        ([*OWN, "--features", "mfcc", "--per-segment"], "--per-segment has no effect with --features mfcc"),
+        ([*OWN, "--features", "mfcc", "--checkpoint", "random"], "--checkpoint has no effect with --features mfcc"),
+        ([*OWN, "--size", "tiny"], "--size has no effect with the weights of a checkpoint"),
+        ([*OWN, "--out", "v.npz"], "--out has no effect with a task"),
+        ([*OWN, "--check", "--grid", "quick"], "--grid has no effect with --check"),
+        ([*OWN, "--check", "--per-segment"], "--per-segment has no effect with --check"),
+        (["--data", "."], "--data has no effect with the embedded music"),
+        (["--task", "synth-mood", "--data", "."], "--data has no effect with the embedded music"),
+        (["--embed", "1.wav", "--task", "gtzan"], "--task has no effect with --embed"),
+        (["--embed", "1.wav", "--grid", "full"], "--grid has no effect with --embed"),
+        (["--embed", "1.wav", "--features", "mfcc"], "--features has no effect with --embed"),
+        (["--embed", "1.wav", "--seed", "0"], "--seed has no effect with --embed"),
     ],
 )
-def test_mistakes_are_one_sentence(labelled, arguments, sentence, monkeypatch, capfd):
-    monkeypatch.chdir(labelled)
-    monkeypatch.setattr(sys, "argv", ["probe.py", *arguments])
-    with pytest.raises(SystemExit) as left:
-        probe.main()
+def test_mistakes_are_one_sentence(arguments, sentence, command, capfd):
+    with pytest.raises(SystemExit) as end:
+        command(*arguments)
     said = capfd.readouterr().err
-    assert left.value.code == 2 and sentence in said and "Traceback" not in said
+    assert end.value.code == 2 and sentence in said and "Traceback" not in said
 
 
-def test_check_counts_without_embedding(labelled, monkeypatch, capfd):
-    monkeypatch.chdir(labelled)
-    monkeypatch.setattr(sys, "argv", ["probe.py", "--task", "labels.csv", "--check"])
-    probe.main()
-    said = capfd.readouterr().out
+def test_no_checkpoint_is_a_sentence(tmp_path, command, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        command("--task", "synth-key")
+    assert "there is no checkpoint under runs/" in capfd.readouterr().err
+
+
+def test_check_counts_without_embedding(command):
+    said = command("--task", "labels.csv", "--check")
     assert "13 clips" in said and "1 files that the labels name are missing: gone.wav" in said
