@@ -1,14 +1,15 @@
 """Stage 5 of Myna: is a representation still useful when the sound is noisy?
 
-Probes are trained on clean sound. They are scored on the test split, clean and with white noise added to the sound, by
-default at 0 dB (the protocol of "limited data", arXiv 2505.06042). There are two probes of different capacity, linear
-and an MLP with hidden layers of 256 and 128, and four representations: the checkpoint, the same encoder with random
-weights, MFCC and chroma. All hear the same noise. The square and vertical vectors of a hybrid model are concatenated.
+Probes are trained on clean sound. They are scored on the test split, clean and with white noise added to the
+sound, by default at 0 dB (the protocol of "limited data", arXiv 2505.06042). Two probes of different capacity
+are compared, linear and an MLP with hidden layers of 256 and 128, and four representations: the checkpoint,
+the same encoder with random weights, MFCC and chroma. All get the same noise. The square and vertical vectors
+of a hybrid model are concatenated.
 
-    python noise_eval.py                             the newest checkpoint under runs/ on the embedded music's keys
-    python noise_eval.py --task gtzan --snr 0        any task of probe.py
-    python noise_eval.py --sweep                     from 30 dB down to -10 dB
-    python noise_eval.py --snr 10 0 --repeat 5       five draws of the noise: mean and standard deviation
+    python noise_eval.py                         the newest checkpoint under runs/ on the embedded music's
+    keys python noise_eval.py --task gtzan --snr 0    any task of probe.py python noise_eval.py --sweep
+    from 30 dB down to -10 dB python noise_eval.py --snr 10 0 --repeat 5   five draws of the noise: mean and
+    standard deviation
 """
 
 import argparse
@@ -21,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from probe import QUICK_GRID, choose_encoders, embed_task, fit_all, load_task, predict, run_command, score_test
+from probe import QUICK_GRID, choose_encoders, embed_task, fit_all
+from probe import load_task, predict, run_command, score_test
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
 PROBES = {"linear": (), "MLP 256-128": (256, 128)}  # hidden layers, after arXiv 2505.06042
@@ -29,11 +31,11 @@ REPRESENTATIONS = ("checkpoint", "random", "mfcc", "chroma")
 
 
 def add_white_noise(wave, snr_db, generator=None):
-    """Add white Gaussian noise at a signal-to-noise ratio of `snr_db` decibels: (..., samples) -> the same shape.
+    """Add white Gaussian noise to (..., samples) at a signal-to-noise ratio of `snr_db` decibels.
 
-    The signal's power is its mean square over the clip, any DC included; the noise's expected power is that over
-    10^(snr_db / 10). Silence stays as it is. The sum may pass full scale and is not clipped: clipping would remove the
-    peaks of signal and noise together, and the ratio would not be the requested one.
+    The signal's power is its mean square over the clip, any DC included; the noise's expected power is that
+    over 10^(snr_db / 10). Silence is unchanged. The sum may pass full scale and is not clipped: clipping
+    would remove the peaks of signal and noise together, and the ratio would not be the requested one.
     """
     wave = torch.as_tensor(wave)
     power = wave.double().square().mean(dim=-1, keepdim=True)
@@ -50,15 +52,16 @@ def common_folder(task):
 def noisy_versions(wave, clip, folder, snrs, repeats):
     """A clip with each draw of noise at each SNR: a list of repeats * len(snrs) waves.
 
-    A draw depends on the clip's offset and its path relative to `folder`, and on nothing else. It is the same for all
-    representations, wherever the data set lies, and for all SNRs but for its scale.
+    A draw depends on the clip's offset and its path relative to `folder` only. It is the same for all
+    representations, for the data set in another place and, but for its scale, for all SNRs.
     """
     name = str(clip.path)  # of embedded music (seed, number)
     if isinstance(clip.path, Path):
         name = Path(os.path.relpath(os.path.abspath(clip.path), folder)).as_posix()
     waves = []
     for repeat in range(repeats):
-        seed = int(hashlib.sha1(f"{name} {clip.offset} {repeat}".encode(errors="surrogateescape")).hexdigest()[:15], 16)
+        text = f"{name} {clip.offset} {repeat}".encode(errors="surrogateescape")
+        seed = int(hashlib.sha1(text).hexdigest()[:15], 16)
         waves += [add_white_noise(wave, snr, torch.Generator().manual_seed(seed)) for snr in snrs]
     return waves
 
@@ -76,8 +79,8 @@ def concatenated(features):
 def summary(task, targets, outputs, groups, clean=None):
     """Scores of outputs (R, n, C) from R draws of the noise, as a plain dict.
 
-    The mean over draws of every metric; for the primary one also each draw's score, the 95% interval of the mean, and
-    the drop from the score `clean`.
+    The mean over draws of every metric; for the primary one also each draw's score, the 95% interval of the
+    mean and the drop from the score `clean`.
     """
     scores, interval, unit = score_test(task, targets, outputs, groups)
     primary = next(iter(scores))
@@ -90,13 +93,14 @@ def summary(task, targets, outputs, groups, clean=None):
 
 
 def noise_check(
-    task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, device="cpu", workers=None, cache=None, patience=256
-):
-    """Probes trained on clean sound, scored on clean sound and at each of `snrs` (dB) over `repeats` draws of the noise.
+    task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, patience=256,
+    device="cpu", workers=None, cache=None,
+):  # fmt: skip
+    """Train probes on clean sound; score them on clean sound and at each of `snrs` (dB), `repeats` draws.
 
-    `encoders` {name: encoder} and `cache` are as in `embed_task`. Each probe gets the settings of `grid` that are best on
-    the clean validation split, after early stopping with `patience` (`fit_grid`). Returns the results as a plain dict;
-    `scores` has an entry for each representation, probe and SNR (None: clean).
+    `encoders` {name: encoder} and `cache` are as in `embed_task`. Each probe gets the settings of `grid` that
+    are best on the clean validation split, after early stopping with `patience` (see `fit_grid`). Returns the
+    results as a plain dict; `scores` has an entry for each representation, probe and SNR (None: clean).
     """
     test = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
     corrupt = partial(noisy_versions, folder=common_folder(task), snrs=snrs, repeats=repeats)
@@ -110,7 +114,8 @@ def noise_check(
             settings = [c._replace(hidden=hidden) for c in grid if bool(c.hidden) == bool(hidden)]
             jobs[name, probe_name] = clean[name], concatenated(clean[name]), settings
     scores = []
-    for (name, probe_name), (_, probe) in fit_all(task, jobs, seed=seed, device=device, patience=patience).items():
+    fitted = fit_all(task, jobs, seed=seed, device=device, patience=patience)
+    for (name, probe_name), (_, probe) in fitted.items():
         entry = {"representation": name, "probe": probe_name, "configuration": probe.configuration._asdict()}
         entry["valid"] = probe.valid
         targets, outputs, groups = predict(task, clean[name], concatenated(clean[name]), probe, device=device)
@@ -140,7 +145,7 @@ def noise_check(
 
 
 def _cell(row):
-    """A score in percent, its interval and, for noisy sound, the drop from clean in points and in percent of it."""
+    """A score in percent, its interval and, on noisy sound, the drop from clean in points and in percent."""
     low, high = row["interval"]
     cell = f"{100 * row['score']:5.1f}"
     if len(row["draws"]) > 1:
@@ -154,7 +159,7 @@ def _cell(row):
 
 
 def table(results):
-    """The results as text: for each probe a row an SNR and a column a representation, then MLP minus linear."""
+    """The results as text: for each probe a row per SNR, a column per representation; then MLP - linear."""
     metric = results["metric"]
     rows = {(row["probe"], row["representation"], row["snr"]): row for row in results["scores"]}
     names = list(dict.fromkeys(name for _, name, _ in rows))
@@ -171,11 +176,15 @@ def table(results):
         gains = [rows[mlp, name, snr][metric] - rows[linear, name, snr][metric] for name in names]
         lines.append((f"  {level}", [f"{100 * gain:+5.1f}" for gain in gains]))
     width = 2 + max(len(cell) for _, cells in lines for cell in cells)
-    text = ["".join([f"{head:<15}", *(f"{cell:<{width}}" for cell in cells)]).rstrip() for head, cells in lines]
     draws = " ± standard deviation over draws" if results["repeats"] > 1 else ""
     unit = results["scores"][0]["interval_over"]
-    heading = f"{results['task']}, {results['clips']} test clips: {metric} in percent{draws} (95% interval over {unit}),\n"
-    return "\n".join([heading + "  then the drop from clean in points and in percent of the clean score", *text])
+    text = [
+        f"{results['task']}, {results['clips']} test clips: {metric} in percent{draws}",
+        f"  (95% interval over {unit}), then the drop from clean in points and in percent of the clean score",
+    ]
+    for head, cells in lines:
+        text.append("".join([f"{head:<15}", *(f"{cell:<{width}}" for cell in cells)]).rstrip())
+    return "\n".join(text)
 
 
 def command_line():
@@ -183,9 +192,9 @@ def command_line():
     parser = argparse.ArgumentParser(description="Probes trained on clean sound, tested on noisy sound.")
     parser.add_argument("--representations", nargs="+", choices=REPRESENTATIONS, help="(default: all)")
     levels = parser.add_mutually_exclusive_group()
-    levels.add_argument("--snr", nargs="+", type=float, metavar="DB", help="signal-to-noise ratios (default: 0)")
-    levels.add_argument("--sweep", action="store_true", help="at " + ", ".join(f"{snr:g}" for snr in SWEEP) + " dB")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="draws of the noise (default: %(default)s)")
+    levels.add_argument("--snr", nargs="+", type=float, metavar="DB", help="signal-to-noise (default: 0)")
+    levels.add_argument("--sweep", action="store_true", help=f"at {' '.join(map(str, SWEEP))} dB")
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="draws of the noise (default: 1)")
     return parser
 
 
@@ -222,7 +231,8 @@ def noise_eval(args):
     chosen = choose_encoders(names, args)
     encoders = {encoder.name: encoder.encoder for encoder in chosen}
     cache = {encoder.name: encoder.cache(task) for encoder in chosen}
-    results = noise_check(task, encoders, snrs, args.repeat, QUICK_GRID, args.seed, args.device, args.workers, cache)
+    machine = {"device": args.device, "workers": args.workers}
+    results = noise_check(task, encoders, snrs, args.repeat, QUICK_GRID, args.seed, cache=cache, **machine)
     results["keys"] = {encoder.name: encoder.key for encoder in chosen}  # of checkpoints, their SHA-1
     path = chosen[0].folder / result_name(args, task, snrs, encoders)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,8 +243,9 @@ def noise_eval(args):
     if results["silent_clips"]:
         print(f"silent clips, to which no noise was added: {results['silent_clips']}")
     if results["incomplete"]:
-        print(f"INCOMPLETE: {len(results['missing'])} files missing, {len(results['skipped'])} clips unreadable")
-        for line in [*results["missing"], *(reason for _, reason in results["skipped"])][:10]:
+        missing, skipped = results["missing"], results["skipped"]
+        print(f"INCOMPLETE: {len(missing)} files missing, {len(skipped)} clips unreadable")
+        for line in [*missing, *(reason for _, reason in skipped)][:10]:
             print(f"  {line}")
     print(f"\n{path}")
 

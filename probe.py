@@ -630,13 +630,13 @@ def load_task(name, root=None, kind=None):
     return _task(name, *SYNTH[name], clips)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Representations: from a clip to rows of numbers
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def load_clip(clip):
-    """The wave of a clip, (samples,) float32 at 16 kHz, and its labels if they come with the sound (embedded music)."""
+    """The wave (samples,) of a clip, and the labels that come with it (embedded music) or None."""
     if isinstance(clip.path, tuple):
         waves, labels = data.synthesize(1, *clip.path)
         return waves[0], {name: values[0].tolist() for name, values in labels.items()}
@@ -644,16 +644,18 @@ def load_clip(clip):
 
 
 def _statistics(frames):
-    """(features, T) -> mean and standard deviation over time of the frames and of their first and second differences."""
-    first = frames.diff(dim=1)
-    second = first.diff(dim=1)
-    return torch.cat([part for x in (frames, first, second) for part in (x.mean(dim=1), x.std(dim=1, correction=0))])
+    """(features, T) -> mean and standard deviation over time of x and its first and second differences."""
+    statistics = []
+    for x in (frames, frames.diff(dim=1), frames.diff(n=2, dim=1)):
+        statistics += [x.mean(dim=1), x.std(dim=1, correction=0)]
+    return torch.cat(statistics)
 
 
 def mfcc(wave):
-    """Castellon's timbre feature: statistics of 20 mel cepstral coefficients of the peak-normalised sound: (120,).
+    """Castellon's timbre feature: statistics of 20 mel cepstral coefficients, (120,).
 
-    The orthonormal DCT-II of mel power in decibels, floored 80 dB below the loudest value (librosa's `feature.mfcc`).
+    The orthonormal DCT-II of the mel power of peak-normalised sound in decibels, cut off 80 dB below the
+    maximum (librosa's `feature.mfcc`).
     """
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     mel = mel_spectrogram(wave / wave.abs().max().clamp(min=1e-9))
@@ -666,10 +668,11 @@ def mfcc(wave):
 
 
 def chroma(wave):
-    """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound: (72,).
+    """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound, (72,).
 
-    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian of a semitone
-    shares each bin among the pitch classes, a wider one prefers the octaves near 440 Hz. Each frame's maximum is 1.
+    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian of a
+    semitone shares each bin among the pitch classes, and a wider one prefers the octaves near 440 Hz. Each
+    frame's maximum is 1.
     """
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     wave = wave / wave.abs().max().clamp(min=1e-9)
@@ -690,7 +693,7 @@ HAND_MADE = {"mfcc": mfcc, "chroma": chroma}
 class Features:
     """A task's clips as one encoder describes them."""
 
-    rows: dict  # name -> (n, F), or (n, V, F) of V corrupted versions; a hybrid model gives "square" and "vertical"
+    rows: dict  # name -> (n, F) or, corrupted, (n, V, F); a hybrid model has "square" and "vertical"
     clip_index: torch.Tensor  # (n,) long: number of the clip in the task that a row belongs to
     labels: list  # one a clip; None for a clip that cannot be read
     skipped: list  # [path, reason] of the clips that cannot be read
@@ -699,23 +702,25 @@ class Features:
 def embed_task(task, encoders, corrupt=None, device="cpu", workers=None, cache=None, label="embedding"):
     """Features of a task's clips.
 
-    `encoders` is a Myna, which gives a row for each segment, or "mfcc", "chroma" or a function(wave) -> (F,), which give
-    a row for each clip. For several, {name: encoder}, every clip is decoded once and the result is {name: Features}.
-    `corrupt(wave, clip)` makes a list of V waves of each one; a clip then has one row (V, F), its mean over segments.
-    Decoding, `corrupt` and functions run in worker processes, which must be able to import them. `cache` {name: (path,
-    key)} keeps Features in files; the key tells an encoder from all others. Raises ValueError if no clip can be read.
+    `encoders` is a Myna, which gives a row for each segment, or "mfcc", "chroma" or a function(wave) -> (F,),
+    which give a row for each clip. With several, {name: encoder}, each clip is decoded once and the result is
+    {name: Features}. `corrupt(wave, clip)` returns V versions of a wave; a clip then has one row (V, F), the
+    mean over its segments. Decoding, `corrupt` and functions run in worker processes, which must be able to
+    import them. `cache` {name: (path, key)} keeps Features in files; the key must be different for different
+    encoders of one path. Raises ValueError if no clip can be read.
     """
     if not isinstance(encoders, dict):
         return embed_task(task, {"": encoders}, corrupt, device, workers, label=label)[""]
     cache = {} if corrupt or cache is None else cache
-    found = {name: read_features(path, fingerprint(task, key)) for name, (path, key) in cache.items()}
-    new = {name: HAND_MADE.get(encoder, encoder) for name, encoder in encoders.items() if found.get(name) is None}
+    fingerprints = {name: fingerprint(task, key) for name, (_, key) in cache.items()}
+    found = {name: read_features(path, fingerprints[name]) for name, (path, _) in cache.items()}
+    new = {name: HAND_MADE.get(e, e) for name, e in encoders.items() if found.get(name) is None}
     if new:
         found |= _embed(task, new, corrupt, device, workers, label)
     for name in new.keys() & cache.keys():
-        path, key = cache[name]
+        path, _ = cache[name]
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"fingerprint": fingerprint(task, key), **vars(found[name])}, path.with_suffix(".part"))
+        torch.save({"fingerprint": fingerprints[name], **vars(found[name])}, path.with_suffix(".part"))
         os.replace(path.with_suffix(".part"), path)
     return {name: found[name] for name in encoders}
 
@@ -726,7 +731,7 @@ def _embed(task, encoders, corrupt, device, workers, label):
     functions = list(dict.fromkeys(function_of.values()))  # each once: all models share the mel segments
     labels, skipped = [], []
     features = {name: Features({}, [], labels, skipped) for name in encoders}
-    batch, size = {}, 0  # inputs of some clips, {clip number: {function: (V, n, ...)}}, and how many rows they have
+    batch, size = {}, 0  # {clip number: {function: (V, n, ...)}}, and how many rows they have
 
     def encode_batch():
         for name, encoder in encoders.items():
@@ -767,12 +772,14 @@ def _describe(clip, functions, corrupt):
     except ValueError as error:
         return None, None, str(error)
     waves = corrupt(wave, clip) if corrupt else [wave]
-    arrays = [torch.stack([torch.atleast_2d(function(wave)) for wave in waves]).numpy() for function in functions]
+    arrays = []
+    for function in functions:
+        arrays.append(torch.stack([torch.atleast_2d(function(wave)) for wave in waves]).numpy())
     return arrays, labels, None
 
 
 def _add_rows(features, encoder, inputs, corrupted, device):
-    """Encode `inputs` {clip number: (V, n, ...)} and append the rows to `features`: n a clip, or one if corrupted."""
+    """Encode inputs {clip number: (V, n, ...)}; append n rows a clip to `features`, or one if corrupted."""
     if isinstance(encoder, Myna):
         encoded = encode(encoder, list(inputs.values()), device)
     else:
@@ -785,7 +792,7 @@ def _add_rows(features, encoder, inputs, corrupted, device):
 
 
 def encode(model, clips, device="cpu"):
-    """Segments of several clips, each (V, n, 128, 96) -> {patch shape: [(V, n, D) of each clip]} on the CPU."""
+    """Segments of several clips, each (V, n, 128, 96) -> {patch: [(V, n, D) of each clip]} on the CPU."""
     model.to(device)
     mel = torch.cat([clip.flatten(0, 1) for clip in clips])
     parts = mel.split(64 if torch.device(device).type == "cpu" else 1024)
@@ -815,7 +822,7 @@ def on_each_core(function, *jobs, device="cpu"):
 
 
 def fingerprint(task, key):
-    """SHA-1 of what decides the features of a task: the encoder's `key`, the front end, the clips and their files."""
+    """SHA-1 of what decides a task's features: the encoder's key, the front end, the clips and files."""
     clips = []
     for clip in task.clips:
         clips.append([str(clip.path), clip.offset, clip.duration, str(clip.label)])
@@ -839,13 +846,13 @@ def read_features(path, expected):
     return Features(**kept)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The grid: many probes trained as one batch
 #
-# Probes of one shape and batch size are stacked: every weight has a first axis of S probes, and one batched product
-# does the work of S small ones. All probes see the same examples and the same random numbers for dropout, and nothing
-# that one does changes another, so each ends as it would if it were trained alone.
-# ----------------------------------------------------------------------------------------------------------------------
+# The weights of S probes of one shape are stacked, (S, in, out), and one batched product does the work of S
+# small ones. All probes get the same examples and the same random numbers for dropout. None depends on
+# another, so each ends as if it were trained alone.
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Configuration(NamedTuple):
@@ -865,7 +872,7 @@ GRID = [
         (False, True), ((), (512,)), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3)
     )
 ]  # 216
-QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
+QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, quick to train
 CACHE = 24 * 2**20  # bytes of a processor's cache that a batch of probes may fill
 CHECK = 8  # steps between validation checks
 PATIENCE = 256  # validation checks without a better score before a probe stops
@@ -873,7 +880,7 @@ PATIENCE = 256  # validation checks without a better score before a probe stops
 
 @dataclass
 class Probe:
-    """A trained probe: its configuration, its best validation score and the step of it, and its weights there."""
+    """A trained probe: its configuration, best validation score, and the step and weights of that score."""
 
     configuration: Configuration
     valid: float
@@ -924,21 +931,24 @@ def _input_group(configuration):
     return configuration.standardise, configuration.dropout
 
 
-def fit_grid(configurations, train, valid, kind, outputs, seed=0, patience=PATIENCE, steps=None, progress=None):
+def fit_grid(
+    configurations, train, valid, kind, outputs, seed=0, patience=PATIENCE, steps=None, progress=None
+):
     """Train a probe for each configuration as it would train alone. Returns a list of Probe.
 
-    `train` is (features (n, F), targets (n, ...)); `valid` is the same, or (features, targets, target_index (n,)): then
-    the mean output of all rows of a target is scored. `outputs` is the number of classes, tags or values. Early stopping
-    as in Castellon et al.: the primary metric on the validation split every 8 steps from step 0 on, `patience` checks
-    without a better score, best weights kept. `steps` instead ends all probes after so many steps, without any check
-    (to measure speed). `progress(n)` is called when n probes have stopped.
+    `train` is (features (n, F), targets (n, ...)). `valid` is the same or (features, targets, target_index
+    (n,)): then the mean output of all rows of a target is scored. `outputs` is the number of classes, tags or
+    values. Early stopping as in Castellon et al.: the primary metric on the validation split every 8 steps
+    from step 0 on; a probe stops after `patience` checks without a better score and keeps its best weights.
+    With `steps` all stop after so many steps, without any check (to measure speed). `progress(n)` is called
+    when n probes have stopped.
     """
     probes = [None] * len(configurations)
     for batch_size, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
         same = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch_size, hidden)]
         same.sort(key=lambda i: _input_group(configurations[i]))  # probes that share an input are neighbours
         values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
-        # On a CPU the weights, gradients and Adam's means of a batch should stay in the cache. A GPU takes all at once.
+        # On a CPU a batch's weights, gradients and Adam averages should fit into the cache.
         width = len(same) if train[0].is_cuda else max(1, CACHE // (16 * values))
         for numbers in (same[first : first + width] for first in range(0, len(same), width)):
             batch = [configurations[i] for i in numbers]
@@ -978,7 +988,7 @@ def _fit_batch(configurations, train, valid, kind, outputs, seed, patience, step
 
 
 def _prepare_inputs(configurations, x, valid_x):
-    """Standardise both splits by the training split. The G groups of `Inputs` are those that the configurations need."""
+    """Standardise both splits by the training split, and find the G different inputs that are needed."""
     std = x.std(dim=0, correction=0)
     shift = torch.stack([torch.zeros_like(std), x.mean(dim=0)])
     scale = torch.stack([torch.ones_like(std), 1 / std.where(std > 0, 1.0)])
@@ -1020,14 +1030,14 @@ def _start_probes(configurations, x, outputs, generator):
 
 
 def _forward(probes, inputs, group_sizes, generator=None):
-    """Outputs (S, B, C) of all probes for inputs (G, B, F). With a generator, dropout after every hidden layer."""
+    """Outputs (S, B, C) of all probes for inputs (G, B, F). A generator adds dropout after hidden layers."""
     *hidden, weight, bias = probes.weights
     if hidden:
         x = inputs[probes.input_group]  # (S, B, F)
         for w, b in zip(hidden[::2], hidden[1::2]):
             x = torch.baddbmm(b, x, w).relu()
             if generator:
-                uniform = torch.rand(x.shape[1:], generator=generator, device=x.device)  # the same for all probes
+                uniform = torch.rand(x.shape[1:], generator=generator, device=x.device)  # one draw for all
                 x = x * ((uniform >= probes.dropout) / (1 - probes.dropout))
         return torch.baddbmm(bias, x, weight)
     # A linear probe is narrow. The weights of all that share an input, side by side, make one wide matrix.
@@ -1039,17 +1049,19 @@ def _forward(probes, inputs, group_sizes, generator=None):
 
 
 def _adam_step(probes, inputs, rows, targets, kind, step, generator):
-    """One step of every probe on the training rows `rows` (B,), with Adam as torch has it: L2 is added to the gradient."""
+    """One step of every probe on the examples `rows` (B,). L2 is part of the gradient, as in torch."""
     uniform = torch.rand(len(rows), inputs.train.shape[2], generator=generator, device=rows.device)
     keep = (uniform >= inputs.dropout) / (1 - inputs.dropout)  # (G, B, F): one draw for all rates
     for w in probes.weights:
         w.requires_grad_()
-    outputs = _forward(probes, inputs.train[:, rows][inputs.standardised] * keep, inputs.group_sizes, generator)
+    x = inputs.train[:, rows][inputs.standardised] * keep
+    outputs = _forward(probes, x, inputs.group_sizes, generator)
     gradients = torch.autograd.grad(probe_loss(kind, outputs, targets), probes.weights)
     correction = 1 - 0.9 ** (step + 1)  # for the zeros that both averages start from
     correction_sq = (1 - 0.999 ** (step + 1)) ** 0.5
     with torch.no_grad():  # in place: memory for new tensors would cost more time than the sums
-        for w, gradient, exp_avg, exp_avg_sq in zip(probes.weights, gradients, probes.exp_avg, probes.exp_avg_sq):
+        state = zip(probes.weights, gradients, probes.exp_avg, probes.exp_avg_sq)
+        for w, gradient, exp_avg, exp_avg_sq in state:
             gradient.addcmul_(w, probes.l2)
             exp_avg.lerp_(gradient, 0.1)
             exp_avg_sq.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
@@ -1060,9 +1072,10 @@ def _adam_step(probes, inputs, rows, targets, kind, step, generator):
 
 @torch.no_grad()
 def _validation_check(probes, inputs, valid, kind, step, patience):
-    """Score all probes on the validation split and keep the weights of those that are better than ever before."""
-    targets = valid[1]
-    outputs = probabilities(kind, _forward(probes, inputs.valid, inputs.group_sizes), *valid[2:], count=len(targets))
+    """Score all probes on the validation split, and copy the weights of those that are better than before."""
+    _, targets, *target_index = valid
+    outputs = _forward(probes, inputs.valid, inputs.group_sizes)
+    outputs = probabilities(kind, outputs, *target_index, count=len(targets))
     score = primary_score(kind, targets, outputs)
     better = (score > probes.best_score) & (step - probes.best_step <= patience * CHECK)
     probes.best_score = torch.where(better, score, probes.best_score)
@@ -1114,29 +1127,31 @@ def probabilities(kind, outputs, target_index=None, count=None):
 def mean_rows(rows, index, count):
     """The mean of the rows (n, ...) that have each index 0 ... count - 1: (count, ...)."""
     total = rows.new_zeros(count, *rows.shape[1:]).index_add_(0, index, rows)
-    sizes = rows.new_zeros(count).index_add_(0, index, rows.new_ones(len(rows)))  # a GPU would wait for bincount
+    sizes = rows.new_zeros(count).index_add_(0, index, rows.new_ones(len(rows)))  # bincount makes a GPU wait
     return total / sizes.view(-1, *[1] * (rows.ndim - 1))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The protocol: fit on train, choose on valid, score once on test
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def readable_clips(task, features, split):
     """Numbers of the clips of one split that could be read. Raises ValueError if there is none."""
-    numbers = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
+    pairs = enumerate(zip(task.clips, features.labels))
+    numbers = [i for i, (clip, label) in pairs if clip.split == split and label is not None]
     if not numbers:
         raise ValueError(f"{task.name}: no clip of the {split} split could be read")
     return numbers
 
 
 def split_rows(task, features, split, rows, per_segment=False):
-    """One split of a representation's `rows` (n, ...): (x, targets, target_index), target_index[i] being the target of x[i].
+    """One split of a representation's `rows` (n, ...): (x, targets, target_index).
 
-    x holds the mean of each clip's segments, or with `per_segment` the segments. There is a target for each clip, or for
-    each song where the task scores songs (giantsteps). A clip of any other split is not used. Raises ValueError if no
-    clip can be read or no tag can be scored.
+    x has a row for each clip, the mean of its segments, or with `per_segment` a row for each segment. There
+    is a target for each clip, or for each song if the task scores songs (giantsteps). target_index[i] is the
+    number of x[i]'s target. A clip whose split has another name is not used. Raises ValueError if no clip can
+    be read, or if no tag can be scored.
     """
     numbers = readable_clips(task, features, split)
     place = torch.full((len(task.clips),), -1)
@@ -1149,20 +1164,20 @@ def split_rows(task, features, split, rows, per_segment=False):
     targets = torch.stack([torch.as_tensor(features.labels[i]) for i in numbers])
     targets = targets.float() if task.kind in ("tags", "regression") else targets.long()
     if task.kind == "tags" and split != "train" and (targets == targets[0]).all():
-        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, so none can be scored")
-    target_of_clip = torch.arange(len(numbers))
-    if task.per_group:
-        first = {}
-        for n, i in enumerate(numbers):
-            first.setdefault(task.clips[i].group, n)  # all clips of a song have its label
-        place = {group: n for n, group in enumerate(first)}
-        targets = targets[list(first.values())]
-        target_of_clip = torch.tensor([place[task.clips[i].group] for i in numbers])
-    return x, targets, target_of_clip[clip_index]
+        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, nothing to score")
+    scored = [task.clips[i].group if task.per_group else i for i in numbers]  # songs or clips
+    first = {}
+    for n, song in enumerate(scored):
+        first.setdefault(song, n)  # the clip that a song has its label from
+    target_of = {song: n for n, song in enumerate(first)}
+    target_of_clip = torch.tensor([target_of[song] for song in scored])
+    return x, targets[list(first.values())], target_of_clip[clip_index]
 
 
-def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE, progress=None):
-    """A probe for each configuration of `grid` on a representation's `rows` (n, F), and the best one on validation."""
+def fit_probes(
+    task, features, rows, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE, progress=None
+):
+    """A probe for each configuration of `grid` on a representation's `rows` (n, F), and the best on valid."""
     x, targets, target_index = split_rows(task, features, "train", rows, per_segment)
     train = x.to(device), targets[target_index].to(device)
     valid = [part.to(device) for part in split_rows(task, features, "valid", rows, per_segment)]
@@ -1171,7 +1186,7 @@ def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cp
 
 
 def fit_all(task, jobs, per_segment=False, seed=0, device="cpu", patience=PATIENCE):
-    """`fit_probes` for several jobs {name: (features, rows, grid)}, on a CPU one on each core: {name: (probes, best)}."""
+    """`fit_probes` for jobs {name: (features, rows, grid)}, one on each CPU core: {name: (probes, best)}."""
     with tqdm(total=sum(len(grid) for _, _, grid in jobs.values()), desc="probes", unit="probe") as bar:
 
         def fit(name):
@@ -1181,15 +1196,16 @@ def fit_all(task, jobs, per_segment=False, seed=0, device="cpu", patience=PATIEN
             _, rows, grid = jobs[name]
             return sum(rows.shape[1] * (1 + sum(c.hidden)) for c in grid)
 
-        names = sorted(jobs, key=cost, reverse=True)  # the longest first, so that no core waits for it at the end
+        names = sorted(jobs, key=cost, reverse=True)  # the longest first, so that no core waits at the end
         fitted = dict(zip(names, on_each_core(fit, names, device=device)))
     return {name: fitted[name] for name in jobs}
 
 
 def predict(task, features, rows, probe, per_segment=False, device="cpu"):
-    """What a probe says about the test split: (targets, outputs (n, C) float64, groups (n,)).
+    """A probe's output for the test split: (targets (n, ...), outputs (n, C) float64, groups (n,)).
 
-    Rows (n, V, F) of V corrupted versions give outputs (V, n, C). `groups` numbers the songs that the targets belong to.
+    Rows (n, V, F) of V corrupted versions give outputs (V, n, C). `groups` has the number of each target's
+    song.
     """
     x, targets, target_index = split_rows(task, features, "test", rows, per_segment)
     outputs = probe(x.to(device)).cpu().double().movedim(0, -2)
@@ -1202,10 +1218,11 @@ def predict(task, features, rows, probe, per_segment=False, device="cpu"):
 
 
 def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
-    """95% interval of the primary metric over the test split, (low, high). Leading axes of `outputs` are averaged over.
+    """95% interval of the primary metric on the test split, (low, high). Scores of leading axes are averaged.
 
-    Whole groups (songs) are drawn with replacement, because clips of one song are not independent: an interval over
-    clips would be too narrow. `groups` (n,) numbers the group of each target from 0; None: each is its own.
+    Groups (songs) are drawn with replacement, with all their clips. Clips of one song are not independent, so
+    an interval over clips would be too narrow. `groups` (n,) is the group of each target, 0, 1, ...; None:
+    all differ.
     """
     groups = torch.arange(len(targets)) if groups is None else groups
     members = groups.argsort(stable=True).split(torch.bincount(groups).tolist())
@@ -1220,7 +1237,7 @@ def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
 
 
 def score_test(task, targets, outputs, groups):
-    """Every metric of what `predict` returned, {name: score}, the primary one's 95% interval, and what was resampled."""
+    """Of what `predict` returns: {metric: score}, the primary metric's 95% interval, what was resampled."""
     clips = Counter(clip.group for clip in task.clips if clip.split == "test")
     unit = "songs" if max(clips.values()) > 1 else "clips"
     return evaluate(task.kind, targets, outputs), bootstrap(task.kind, targets, outputs, groups), unit
@@ -1254,13 +1271,15 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu", pa
         "interval": interval,
         "interval_over": unit,
         "winner": winner.configuration._asdict(),
-        "grid": {name: [[*p.configuration, p.valid, p.step] for p in probes] for name, (probes, _) in fitted.items()},
+        "grid": {},
         "names": list(task.names),
     }
+    for name, (probes, _) in fitted.items():
+        results["grid"][name] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
     if task.kind in ("classes", "key"):
         count = len(task.names)
-        pairs = targets * count + outputs.argmax(dim=1)
-        results["confusion"] = torch.bincount(pairs, minlength=count**2).view(count, count).tolist()  # rows: the truth
+        pairs = torch.bincount(targets * count + outputs.argmax(dim=1), minlength=count**2)
+        results["confusion"] = pairs.view(count, count).tolist()  # rows: the truth
     elif task.kind == "tags":
         results["per_tag"] = {}
         for metric in (roc_auc, average_precision):
@@ -1294,7 +1313,7 @@ BASELINES = Path("runs/baselines")  # results of encoders without a checkpoint
 
 
 def open_checkpoint(path=None, patch=None):
-    """The model in a checkpoint, or in the newest under runs/, and its path. The model is None if there is no newest."""
+    """The model in a checkpoint, or the newest under runs/, and its path; (None, None) if there is none."""
     if path:
         return load_model(path, patch), Path(path)
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
@@ -1320,8 +1339,10 @@ def _choose_encoder(name, path, patch, size, seed):
             advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
             raise ValueError(f"there is no checkpoint under runs/: {advice}")
         stored = read_checkpoint(path)
-        trained = f", after step {stored['step']} of {stored['settings']['steps']}" if "settings" in stored else ""
-        print(f"checkpoint {path}: {model.config.size}, {model.config.patch}{trained}")
+        progress = ""
+        if {"step", "settings"} <= stored.keys():
+            progress = f", after step {stored['step']} of {stored['settings']['steps']}"
+        print(f"checkpoint {path}: {model.config.size}, {model.config.patch}{progress}")
         folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
         return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
     given = path not in (None, "random")
@@ -1335,7 +1356,7 @@ def _choose_encoder(name, path, patch, size, seed):
 
 
 def embed_files(sources, out, model, per_segment, device, workers):
-    """--embed: vectors of files, or of all in folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
+    """--embed: vectors of files and folders as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
     paths = []
     for source in map(Path, sources):
         if not source.exists():
@@ -1376,15 +1397,17 @@ def print_counts(task):
     print(f"  {len(task.missing):,} files that the labels name are missing{missing}")
 
 
-def print_results(results, grid_size):
+def print_results(results):
     """The results of `probe_task` as a table."""
     clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
-    tried = "all 216 configurations" if grid_size == 216 else f"{grid_size} of the 216 configurations (--grid full for all)"
+    quick = results["grid_name"] == "quick"
+    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
     print(f"\n{results['task']} with {results['model']}: {clips} clips, {tried}")
     primary = next(iter(results["test"]))
     for name, score in results["valid"].items():
         chosen = len(results["valid"]) > 1 and name == results["representation"]
-        print(f"  valid  {primary:<20} {score:7.1%}   {name}{'  <- goes on to the test split' if chosen else ''}")
+        mark = "  <- goes on to the test split" if chosen else ""
+        print(f"  valid  {primary:<20} {score:7.1%}   {name}{mark}")
     low, high = results["interval"]
     for metric, score in results["test"].items():
         interval = f"   95% interval over {results['interval_over']}: {low:.1%} to {high:.1%}"
@@ -1394,62 +1417,65 @@ def print_results(results, grid_size):
     shape = f"MLP {'-'.join(map(str, hidden))}" if hidden else "linear"
     print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner.items()))
     if results["incomplete"]:
-        print(f"  INCOMPLETE: {len(results['missing'])} files missing, {len(results['skipped'])} clips unreadable")
-        for _, reason in results["skipped"][:10]:
+        missing, skipped = results["missing"], results["skipped"]
+        print(f"  INCOMPLETE: {len(missing)} files missing, {len(skipped)} clips unreadable")
+        for _, reason in skipped[:10]:
             print(f"    {reason}")
 
 
 def command_line():
     """The parser of the options that are probe.py's alone."""
-    parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
-    parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
-    parser.add_argument("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest's)")
-    parser.add_argument("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
-    parser.add_argument("--per-segment", action="store_true", help="train on segments, average predictions, as the authors do")
-    parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
-    parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
-    parser.add_argument("--out", help="for --embed (default: vectors.npz)")
+    parser = argparse.ArgumentParser(description="Probe a frozen encoder, or just write its embeddings.")
+    option = parser.add_argument
+    option("--check", action="store_true", help="read labels and files, count them, and stop")
+    option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
+    option("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
+    option("--per-segment", action="store_true", help="train on segments, average outputs, as the authors do")
+    option("--grid", choices=["full", "quick"], help="216 or 24 probes (default: full; for synth-* quick)")
+    option("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
+    option("--out", help="for --embed (default: vectors.npz)")
     return parser
 
 
 def unused_options(args):
     """For `run_command`: (whether this mode was chosen, its name, the options that it does not use)."""
+    of_encoders = ("checkpoint", "patch", "size", "per_segment")
+    random = args.checkpoint == "random"
     return [
         (args.embed, "--embed", ("task", "data", "kind", "check", "features", "grid")),
         (not args.embed, "a task", ("out",)),
-        (args.check, "--check", ("checkpoint", "patch", "size", "features", "per_segment", "grid", "seed", "device", "workers")),
-        (args.features, f"--features {args.features}", ("checkpoint", "patch", "size", "per_segment")),
-        (args.checkpoint != "random", "the weights of a checkpoint", ("size",)),
-        (args.embed and args.checkpoint != "random", "--embed and the weights of a checkpoint", ("seed",)),
+        (args.check, "--check", (*of_encoders, "features", "grid", "seed", "device", "workers")),
+        (args.features, f"--features {args.features}", of_encoders),
+        (not random, "the weights of a checkpoint", ("size",)),
+        (args.embed and not random, "--embed and the weights of a checkpoint", ("seed",)),
     ]
 
 
 def run_command(parser, work, unused_options):
     """Add the options that stages 4 and 5 share, read the command line, and run `work(args)`.
 
-    Options that the chosen mode does not use are refused. A mistake is one sentence on stderr and exit status 2.
+    Options that the chosen mode does not use are refused. A mistake is one sentence and exit status 2.
     """
-    tasks = "gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: synth-key)"
-    parser.add_argument("--task", help=tasks)
-    parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
-    parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
-    parser.add_argument("--checkpoint", help="of train.py or the authors', in probe.py also 'random' (default: newest in runs/)")
-    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of a released file, or of --checkpoint random")
-    parser.add_argument("--seed", type=int, help="of the probes and of random weights (default: 0)")
-    parser.add_argument("--device", help="(default: cuda where there is one, else cpu)")
-    parser.add_argument("--workers", type=int, help=f"decoding processes (default: {CORES})")
+    option = parser.add_argument
+    option("--task", help=f"{', '.join((*DATASETS, *SYNTH))}, or a labels.csv (default: synth-key)")
+    option("--data", help="folder of the data set (default: datasets/TASK)")
+    option("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
+    option("--checkpoint", help="file, or in probe.py 'random' (default: the newest under runs/)")
+    option("--patch", choices=[*PATCHES, "hybrid"], help="of a released checkpoint or of random weights")
+    option("--seed", type=int, help="of the probes and of random weights (default: 0)")
+    option("--device", help="(default: cuda if there is one, else cpu)")
+    option("--workers", type=int, help=f"decoding processes (default: {CORES})")
     args = parser.parse_args()
     try:
         on_embedded_music = (args.task or "synth-key") in SYNTH, "the embedded music", ("data",)
         for chosen, mode, options in [*unused_options(args), on_embedded_music]:
-            for option in options:
-                value = getattr(args, option)
-                if chosen and value is not None and value is not False:
-                    raise ValueError(f"--{option.replace('_', '-')} has no effect with {mode}: leave it out")
-        defaults = {"task": "synth-key", "seed": 0, "device": "cuda" if torch.cuda.is_available() else "cpu", "workers": CORES}
-        for option, default in defaults.items():
-            if getattr(args, option) is None:
-                setattr(args, option, default)
+            for name in options:
+                if chosen and getattr(args, name) is not parser.get_default(name):
+                    raise ValueError(f"--{name.replace('_', '-')} has no effect with {mode}: leave it out")
+        args.task = args.task or "synth-key"
+        args.seed = args.seed or 0
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.workers = CORES if args.workers is None else args.workers
         check_machine(args)
         work(args)
     except (ValueError, OSError) as error:
@@ -1461,11 +1487,12 @@ def run_command(parser, work, unused_options):
 
 
 def check_machine(args):
-    """Raise ValueError for a --device or a number of --workers that cannot be used, before any work is done."""
+    """Raise ValueError for a --device or a number of --workers that cannot be used."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used here: {cause}") from error
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least one process must decode")
 
@@ -1475,20 +1502,23 @@ def probe(args):
     name = "random" if args.checkpoint == "random" else args.features or "checkpoint"
     if args.embed:
         model = choose_encoders([name], args, args.size)[0].encoder
-        return embed_files(args.embed, Path(args.out or "vectors.npz"), model, args.per_segment, args.device, args.workers)
+        out = Path(args.out or "vectors.npz")
+        return embed_files(args.embed, out, model, args.per_segment, args.device, args.workers)
     task = load_task(args.task, args.data, args.kind)
     if args.check:
         return print_counts(task)
     encoder = choose_encoders([name], args, args.size)[0]
-    cache = {encoder.name: encoder.cache(task)}
-    features = embed_task(task, {encoder.name: encoder.encoder}, None, args.device, args.workers, cache)[encoder.name]
+    name = encoder.name
+    cache = {name: encoder.cache(task)}
+    features = embed_task(task, {name: encoder.encoder}, None, args.device, args.workers, cache)[name]
     usual = "quick" if task.name in SYNTH else "full"
     chosen = args.grid or usual
     grid = QUICK_GRID if chosen == "quick" else GRID
     results = probe_task(task, features, grid, args.per_segment, args.seed, args.device)
-    results |= {"model": encoder.name, "key": encoder.key, "seed": args.seed, "grid_name": chosen, "per_segment": args.per_segment}
+    results |= {"model": name, "key": encoder.key, "seed": args.seed, "grid_name": chosen}
+    results["per_segment"] = args.per_segment
 
-    parts = ["probe", task.name, encoder.name]  # what differs from the defaults is in the file's name
+    parts = ["probe", task.name, name]  # what differs from the defaults is in the file's name
     parts += [args.kind] if args.kind else []
     parts += ["segments"] if args.per_segment else []
     parts += [chosen] if chosen != usual else []
@@ -1497,7 +1527,7 @@ def probe(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)
-    print_results(results, len(grid))
+    print_results(results)
     print(f"  {path}")
 
 

@@ -25,7 +25,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- the noise -------------------------------------------------------------------------------------------------------
+# --- the noise ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("snr", [30, 20.0, 3.5, 0, -10])
@@ -68,7 +68,8 @@ def test_a_clip_has_one_draw_for_all_levels_wherever_the_data_set_lies():
     wave = torch.randn(8000, generator=generator(2)).double()
     clip = probe.Clip(Path("/a/01/x.wav"), 3.0, None, 0, "test", "g")
     first, second, third, fourth = noisy_versions(wave, clip, "/a", snrs=(20, 0), repeats=2)
-    assert torch.allclose(10 * (first - wave), second - wave) and torch.allclose(10 * (third - wave), fourth - wave)
+    assert torch.allclose(10 * (first - wave), second - wave)
+    assert torch.allclose(10 * (third - wave), fourth - wave)
     correlation = torch.corrcoef(torch.stack([second - wave, fourth - wave]))[0, 1]
     assert abs(float(correlation)) < 0.05  # the draws differ
     moved = clip._replace(path=Path("/b/01/x.wav"))
@@ -88,7 +89,7 @@ def test_the_folder_of_a_data_set(tmp_path, monkeypatch):
     assert noise_eval.common_folder(load_task("synth-key")) == ""
 
 
-# --- the check ---------------------------------------------------------------------------------------------
+# --- the check ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -153,8 +154,8 @@ def test_noisy_scores_are_of_noisy_clips(checked):
         for draw, noisy in enumerate(noisy_versions(wave, clip, folder, (-30.0,), 2)):
             vector = encoders["model"].embed(data.mel_segments(noisy)).mean(dim=0)
             draws[draw] += int(best(vector).argmax() == clip.label)
-    (row,) = [r for r in results["scores"] if (r["representation"], r["probe"], r["snr"]) == ("model", "linear", -30.0)]
-    assert row["draws"] == pytest.approx([right / len(clips) for right in draws])
+    rows = {(row["representation"], row["probe"], row["snr"]): row for row in results["scores"]}
+    assert rows["model", "linear", -30.0]["draws"] == pytest.approx([right / len(clips) for right in draws])
 
 
 def test_drops(checked):
@@ -164,9 +165,11 @@ def test_drops(checked):
     rows = {(row["representation"], row["probe"], row["snr"]): row for row in results["scores"]}
     for probe_name in noise_eval.PROBES:
         for snr in (10.0, -30.0):
-            assert rows["constant", probe_name, snr]["drop"] == 0 == rows["constant", probe_name, snr]["drop_percent"]
+            constant = rows["constant", probe_name, snr]
+            assert constant["drop"] == 0 == constant["drop_percent"]
             assert len(rows["model", probe_name, snr]["draws"]) == 2
-        assert rows["chroma", probe_name, None]["accuracy"] > 0.6 and rows["chroma", probe_name, -30.0]["drop"] > 0.05
+        assert rows["chroma", probe_name, None]["accuracy"] > 0.6
+        assert rows["chroma", probe_name, -30.0]["drop"] > 0.05
         for name in ("model", "chroma"):
             row, clean = rows[name, probe_name, -30.0], rows[name, probe_name, None]
             assert row["accuracy"] == pytest.approx(sum(row["draws"]) / 2)
@@ -215,10 +218,11 @@ def test_command_line(labelled, monkeypatch, capfd):
     assert "bad.wav: not sound" in said.out
     assert results["incomplete"] and results["missing"] == ["gone.wav"] and results["seed"] == 0
     names = {"hybrid", "random-tiny-hybrid"}
-    assert results["snrs"] == [5, -5] and {row["representation"] for row in results["scores"]} == names == set(results["keys"])
+    assert results["snrs"] == [5, -5] and set(results["keys"]) == names
+    assert {row["representation"] for row in results["scores"]} == names
     bars = {text.split(":")[0] for text in said.err.split("\r") if ":" in text}
     assert bars == {"clean sound", "noisy sound", "probes"}
-    assert {name: results[name] for name in ("repeats", "kind", "metric")} == {"repeats": 1, "kind": "classes", "metric": "accuracy"}
+    assert (results["repeats"], results["kind"], results["metric"]) == (1, "classes", "accuracy")
 
 
 def test_result_names():
@@ -248,7 +252,7 @@ def test_result_names():
         (["--task", "gtzan"], "Where to get it"),
         (["--sweep", "--snr", "7"], "not allowed with"),
         (["--snr", "loud"], "invalid float value: 'loud'"),
-        (["--representations", "mfcc", "--patch", "square"], "--patch has no effect with hand-made representations"),
+        (["--representations", "mfcc", "--patch", "square"], "--patch has no effect with hand-made"),
         (["--data", "."], "--data has no effect with the embedded music"),
     ],
 )

@@ -207,13 +207,16 @@ def alone(c, train, valid, kind, outputs, patience, seed=0):
 
 @pytest.fixture
 def double():
-    """Rounding grows over thousands of steps of a network with ReLUs; in float64 not so far that it would matter."""
+    """Rounding errors grow over many steps of a network with ReLUs; in float64 they stay small enough."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("kind, hidden", [("classes", ()), ("tags", (9,)), ("regression", (8, 5)), ("classes", (16,))])
+SHAPES = [("classes", ()), ("tags", (9,)), ("regression", (8, 5)), ("classes", (16,))]
+
+
+@pytest.mark.parametrize("kind, hidden", SHAPES)
 def test_each_probe_of_a_batch_is_what_it_would_be_alone(kind, hidden, double):
     train, valid = toy(kind)
     configurations = [
@@ -254,7 +257,8 @@ def test_a_number_of_steps_ends_all_probes():
     three = fit_grid(configurations, train, valid, "classes", 4, steps=3, progress=counts.append)
     four = fit_grid(configurations, train, valid, "classes", 4, steps=4)
     assert counts == [3] and [p.configuration for p in three] == configurations
-    assert 0 < (four[0].layers[0][0] - three[0].layers[0][0]).abs().max() < 0.01  # one more step of Adam at 1e-3
+    change = (four[0].layers[0][0] - three[0].layers[0][0]).abs().max()
+    assert 0 < change < 0.01  # one more step of Adam at 1e-3
 
 
 def test_targets_are_scored_by_the_mean_of_their_rows():
@@ -286,7 +290,7 @@ def test_bootstrap_interval_covers_what_it_should():
     low, high = probe.bootstrap("classes", y, outputs)
     assert low == pytest.approx(0.75 - 1.96 * 0.02165, abs=0.01)
     assert high == pytest.approx(0.75 + 1.96 * 0.02165, abs=0.01)
-    # Every clip four times, as four clips of a song: no more is known than before, only over clips it seems so.
+    # Every clip four times, as four clips of a song: nothing more is known, but clips seem to say so.
     songs = torch.arange(400).repeat(4)
     four, many = y.repeat(4), outputs.repeat(4, 1)
     assert probe.bootstrap("classes", four, many, songs) == pytest.approx((low, high), abs=1e-9)
@@ -318,7 +322,7 @@ def test_bootstrap_draws_whole_songs(kind):
     assert probe.bootstrap(kind, y, outputs, songs, resamples=40, seed=5) == pytest.approx(tuple(expected))
 
 
-# --- features --------------------------------------------------------------------------------------------------------
+# --- features ----------------------------------------------------------------------------------------------
 
 
 def test_mfcc_is_the_definition():
@@ -329,9 +333,11 @@ def test_mfcc_is_the_definition():
     coefficients = np.zeros((20, mel.shape[1]))
     for k in range(20):
         for m in range(128):
-            coefficients[k] += level[m] * math.cos(math.pi * k * (2 * m + 1) / 256) * math.sqrt((1 if k == 0 else 2) / 128)
+            scale = math.sqrt((1 if k == 0 else 2) / 128)
+            coefficients[k] += level[m] * math.cos(math.pi * k * (2 * m + 1) / 256) * scale
     first, second = np.diff(coefficients), np.diff(np.diff(coefficients))
-    expected = np.concatenate([f(x, axis=1) for x in (coefficients, first, second) for f in (np.mean, np.std)])
+    statistics = [f(x, axis=1) for x in (coefficients, first, second) for f in (np.mean, np.std)]
+    expected = np.concatenate(statistics)
     found = probe.mfcc(wave).numpy()
     assert found.shape == (120,) and np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
     assert np.allclose(probe.mfcc(0.01 * wave), found, atol=0.05)  # the sound is peak-normalised
@@ -1022,13 +1028,14 @@ def test_csv_that_is_no_text(table, tmp_path):
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory):
-    """24 tones of two loudness-independent timbres, a corrupt file, a short one, a missing one, and a model."""
+    """24 sounds of two timbres, one of them short, a corrupt file, a missing one, and a model."""
     folder = tmp_path_factory.mktemp("labelled")
     rng, rows = np.random.default_rng(0), ["path,label,split"]
     for i in range(24):
         kind, split = ("tone", "noise")[i % 2], ("train", "train", "valid", "test")[i // 2 % 4]
         t = np.arange(int(8000 * (4 if i else 0.5))) / 8000  # the first is shorter than a segment
-        wave = np.sin(2 * np.pi * rng.uniform(300, 600) * t) if kind == "tone" else rng.standard_normal(len(t))
+        tone = np.sin(2 * np.pi * rng.uniform(300, 600) * t)
+        wave = tone if kind == "tone" else rng.standard_normal(len(t))
         soundfile.write(folder / f"{i}.wav", 0.1 * wave, 8000)
         rows.append(f"{i}.wav,{kind},{split}")
     (folder / "bad.wav").write_text("no sound")
@@ -1046,7 +1053,7 @@ def in_this_process(function, jobs, workers):
 
 @pytest.fixture
 def command(labelled, monkeypatch, capfd):
-    """Runs probe.py in the folder, without worker processes, with little patience and a small grid: what it printed."""
+    """Runs probe.py without worker processes, with little patience and a small grid; returns its output."""
     monkeypatch.chdir(labelled)
     monkeypatch.setattr(probe, "in_workers", in_this_process)
     monkeypatch.setattr(probe, "probe_task", partial(probe.probe_task, patience=16))
@@ -1208,7 +1215,8 @@ def test_a_damaged_newest_checkpoint_is_named(labelled, command, capfd):
         said = capfd.readouterr().err
         assert "runs/zz_damaged/checkpoint.pt" in said and "--checkpoint names another one" in said
         assert said.startswith("probe.py: ") and said.count("\n") == 1
-        assert "runs/small" in command("--embed", "1.wav", "--checkpoint", "runs/small/checkpoint.pt", "--workers", 1)
+        named = ("--checkpoint", "runs/small/checkpoint.pt")
+        assert "runs/small" in command("--embed", "1.wav", *named, "--workers", 1)
     finally:
         (folder / "checkpoint.pt").unlink()
         folder.rmdir()
@@ -1253,7 +1261,8 @@ def test_several_encoders_and_corrupted_clips(labelled, tmp_path):
     assert {name: list(f.rows) for name, f in found.items()} == {
         "one": ["square", "vertical"], "other": ["square"], "mfcc": ["mfcc"], "mine": ["loudest"]
     }  # fmt: skip
-    assert clean["one"].clip_index.tolist() == [0, 1, 2, 2, 2, 3] and clean["mine"].clip_index.tolist() == [0, 1, 2, 3]
+    assert clean["one"].clip_index.tolist() == [0, 1, 2, 2, 2, 3]
+    assert clean["mine"].clip_index.tolist() == [0, 1, 2, 3]
     for number, clip in enumerate(clips):
         wave = data.load_audio(clip.path)
         for version, heard in enumerate(twice(wave, clip)):
@@ -1266,7 +1275,8 @@ def test_several_encoders_and_corrupted_clips(labelled, tmp_path):
             assert torch.allclose(found["mfcc"].rows["mfcc"][number, version], probe.mfcc(heard), atol=1e-3)
             assert found["mine"].rows["loudest"][number, version] == heard.abs().max()
         expected = models["one"].embed(data.mel_segments(wave), "square")
-        assert torch.allclose(clean["one"].rows["square"][clean["one"].clip_index == number], expected, atol=1e-4)
+        rows = clean["one"].rows["square"][clean["one"].clip_index == number]
+        assert torch.allclose(rows, expected, atol=1e-4)
     alone = probe.embed_task(task, models["other"], workers=1)
     assert torch.allclose(alone.rows["square"], clean["other"].rows["square"], atol=1e-4)
 
@@ -1308,13 +1318,14 @@ def test_predictions_carry_the_songs_that_are_resampled(per_group):
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     found = probe.Probe(None, 0, 0, torch.zeros(2), torch.ones(2), [(weight, torch.zeros(2))])
     y, outputs, groups = probe.predict(task, features, rows, found)
-    clip_means = torch.stack([rows[0], rows[1:3].mean(dim=0), rows[3], rows[4], rows[5]]).double().softmax(dim=-1)
+    clip_means = torch.stack([rows[0], rows[1:3].mean(dim=0), rows[3], rows[4], rows[5]])
+    expected = clip_means.double().softmax(dim=-1)  # (clips, versions, classes)
     if per_group:
-        clip_means = torch.stack([clip_means[[0, 2]].mean(dim=0), clip_means[[1, 4]].mean(dim=0), clip_means[3]])
+        expected = torch.stack([expected[[0, 2]].mean(dim=0), expected[[1, 4]].mean(dim=0), expected[3]])
     assert y.tolist() == ([0, 1, 1] if per_group else [0, 1, 0, 1, 1])
     assert groups.tolist() == ([0, 1, 2] if per_group else [0, 1, 0, 2, 1])
     assert outputs.shape == (3, len(y), 2) and outputs.dtype == torch.float64
-    assert torch.allclose(outputs, clip_means.transpose(0, 1), atol=1e-6)
+    assert torch.allclose(outputs, expected.transpose(0, 1), atol=1e-6)
     one = probe.predict(task, features, rows[:, 1], found)[1]
     assert torch.allclose(one, outputs[1])
     assert probe.score_test(task, y, outputs, groups)[2] == "songs"
@@ -1333,7 +1344,8 @@ def test_just_the_embeddings(labelled, command):
     soundfile.write(labelled / "long.wav", 0.1 * np.random.default_rng(0).standard_normal(16_000 * 7), 16_000)
     command("--embed", "1.wav", "long.wav", "3.wav", "--out", "s.npz", "--per-segment", "--workers", 1)
     with np.load(labelled / "s.npz") as found:
-        assert found["vectors"].shape == (4, 256) and np.allclose(found["seconds"], [0, 0, 96 * 512 / 16_000, 0])
+        assert found["vectors"].shape == (4, 256)
+        assert np.allclose(found["seconds"], [0, 0, 96 * 512 / 16_000, 0])
         assert found["paths"].tolist() == ["1.wav", "long.wav", "long.wav", "3.wav"]
     (labelled / "long.wav").unlink()
 
@@ -1342,7 +1354,8 @@ def test_cores_are_shared_and_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
-        assert probe.on_each_core(lambda a, b: (a, b), range(20), range(20, 40)) == list(zip(range(20), range(20, 40)))
+        pairs = probe.on_each_core(lambda a, b: (a, b), range(20), range(20, 40))
+        assert pairs == list(zip(range(20), range(20, 40)))
         for jobs, threads in ((1, 4), (2, 2), (3, 1), (9, 1)):
             assert probe.on_each_core(lambda _: torch.get_num_threads(), range(jobs)) == [threads] * jobs
         with pytest.raises(ZeroDivisionError):
@@ -1368,7 +1381,7 @@ OWN = ["--task", "labels.csv"]
         ([*OWN, "--workers", "0"], "at least one process"),
         (["--task", "synth-key", "--kind", "tags"], "for a table of your own"),
         ([*OWN, "--features", "mfcc", "--per-segment"], "--per-segment has no effect with --features mfcc"),
-        ([*OWN, "--features", "mfcc", "--checkpoint", "random"], "--checkpoint has no effect with --features mfcc"),
+        ([*OWN, "--features", "mfcc", "--checkpoint", "random"], "--checkpoint has no effect with"),
         ([*OWN, "--size", "tiny"], "--size has no effect with the weights of a checkpoint"),
         ([*OWN, "--out", "v.npz"], "--out has no effect with a task"),
         ([*OWN, "--check", "--grid", "quick"], "--grid has no effect with --check"),
