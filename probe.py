@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 import data
 from data import audio_files, in_workers, mel_segments
-from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
+from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1367,7 +1367,7 @@ def embed_files(sources, out, model, per_segment, device, workers):
     if out.is_dir():
         raise ValueError(f"--out {out}: there is a folder of that name")
     clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
-    features = embed_task(Task("files", "classes", (), clips, (), []), model, device=device, workers=workers)
+    features = embed_task(Task("files", "classes", (), clips, []), model, device=device, workers=workers)
     vectors, index = torch.cat(list(features.rows.values()), dim=1), features.clip_index
     used, counts = index.unique_consecutive(return_counts=True)
     if per_segment:
@@ -1395,6 +1395,8 @@ def print_counts(task):
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
     missing = ": " + ", ".join(task.missing[:5]) if task.missing else ""
     print(f"  {len(task.missing):,} files that the labels name are missing{missing}")
+    if task.note:
+        print(f"  {task.note}")
 
 
 def print_results(results):
