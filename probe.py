@@ -1225,12 +1225,15 @@ def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
     all differ.
     """
     groups = torch.arange(len(targets)) if groups is None else groups
-    members = groups.argsort(stable=True).split(torch.bincount(groups).tolist())
+    order = groups.argsort(stable=True)
+    members = order.split(torch.bincount(groups).tolist())
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(resamples):
         drawn = torch.randint(len(members), (len(members),), generator=generator)
-        rows = torch.cat([members[group] for group in drawn.tolist()])
+        rows = order[drawn]  # enough where every group has one target
+        if len(members) < len(targets):
+            rows = torch.cat([members[group] for group in drawn.tolist()])
         scores.append(float(primary_score(kind, targets[rows], outputs[..., rows, :]).mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
