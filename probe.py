@@ -26,10 +26,9 @@ import math
 import os
 import re
 import sys
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +39,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from data import audio_files, in_workers, mel_segments
-from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram
+from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS
+from data import audio_files, in_workers, load_audio, mel_segments, mel_spectrogram
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
