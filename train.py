@@ -130,9 +130,9 @@ def check_settings(args):
     objective = OBJECTIVES[args.objective]
     if args.patch not in objective.patches:
         raise ValueError(f"--objective {args.objective} takes --patch {' or '.join(objective.patches)}")
-    if args.mask == 0 and not objective.two_views:
-        raise ValueError(f"--mask 0: --objective {args.objective} needs hidden patches")
     keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
+    if int(args.mask * N_TOKENS) == 0 and not objective.two_views:
+        raise ValueError(f"--mask {args.mask:g}: --objective {args.objective} needs hidden patches")
 
 
 def newest_checkpoint(out):
@@ -145,7 +145,7 @@ def newest_checkpoint(out):
         except ValueError as error:
             print(f"{error}; trying the previous checkpoint", file=sys.stderr)
             continue
-        if not {"settings", "optimizer", "step", "corpus"} <= checkpoint.keys():
+        if not {"settings", "optimizer", "objective", "step", "corpus"} <= checkpoint.keys():
             raise ValueError(f"{path}: a model, but not a checkpoint of train.py that can be continued")
         return {**checkpoint, "path": path}
     if paths:
@@ -392,7 +392,7 @@ def compile_works(device):
         return False
 
 
-def build_objective(args, corpus, device, checkpoint):
+def build_objective(args, corpus, clips, device, checkpoint):
     """The objective, which holds the model, and Adam: new, or as they are in the checkpoint."""
     torch.manual_seed(args.seed)
     model = Myna(Config(args.size, args.patch, log_mel=args.log_mel))
@@ -406,7 +406,7 @@ def build_objective(args, corpus, device, checkpoint):
         groups = optimizer.state_dict()["param_groups"]  # lr and the like: set above, for this device
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     else:
-        ids = torch.linspace(0, len(corpus) - 1, 512).long()
+        ids = clips[torch.linspace(0, len(clips) - 1, 512).long()]  # some of --minutes only
         generator = torch.Generator(corpus.mel.device).manual_seed(args.seed)
         segments = corpus.sample_pairs(ids, generator).flatten(0, 1)
         objective.prepare(segments, torch.Generator().manual_seed(args.seed))
@@ -499,7 +499,7 @@ def train(args, checkpoint=None):
     """The whole run: set up, train, save. Returns the signal that ended it early, or None."""
     device = choose_device(args)
     corpus, clips = choose_data(args, checkpoint, device)
-    objective, optimizer = build_objective(args, corpus, device, checkpoint)
+    objective, optimizer = build_objective(args, corpus, clips, device, checkpoint)
     if args.compile:
         objective.compile()
 
