@@ -918,3 +918,27 @@ def test_a_collapse_is_reported_in_one_sentence(folder, tmp_path, capfd, std, wa
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("collapse")]
     assert len(said) == warned
     assert all(f"{std:.3f}" in line and "--lr" in line for line in said)
+
+
+# --- learning ------------------------------------------------------------------------------------------------
+
+
+def learn(corpus, name, steps, *more, batch=32, lr=1e-3, wrong_pairs=False):
+    """A short training on 64 clips. Returns the objective, a function of other 32 clips, and their views.
+
+    With `wrong_pairs`, the second views of the training clips are exchanged: nothing can be learned.
+    """
+    args = settings(name, *more, batch=batch)
+    clips, held_out = torch.arange(64), torch.arange(64, 96)
+    objective, optimizer = train.build_objective(args, corpus, clips, CPU, None)
+    optimizer.param_groups[0]["lr"] = lr
+    views = corpus.sample_pairs(held_out, generator(9)).flatten(0, 1)
+    kept = keep_tokens(64, N_TOKENS, args.mask, generator(9))
+    judge = lambda: held_out_figures(objective, views, kept)
+    before = judge()
+    for step in range(steps):
+        mel, tokens = train.draw_batch(corpus, clips, step, args)
+        if wrong_pairs:
+            mel = torch.stack([mel[0], mel[1].roll(1, 0)])
+        train.train_step(objective, optimizer, mel, tokens, (step + 1) / steps, args)
+    return before, judge()
