@@ -693,7 +693,8 @@ class Hubert(MaskedAutoencoder):
 
     def clusters(self, mel):
         """The cluster of each moment: (R, 128, 96) -> (R, 48) long."""
-        return torch.cdist(mfcc_moments(mel) / self.scale, self.centroids).argmin(dim=-1)
+        with torch.autocast(mel.device.type, enabled=False):  # differences of MFCC are lost in bfloat16
+            return torch.cdist(mfcc_moments(mel) / self.scale, self.centroids).argmin(dim=-1)
 
     def error(self, prediction, mel, patch):
         scores = F.normalize(prediction, dim=-1) @ F.normalize(self.embedding, dim=-1).T / 0.1
