@@ -20,7 +20,7 @@ import torch
 import data
 import probe
 import train
-from model import N_TOKENS, OBJECTIVES, PATCHES, keep_tokens, k_means, load_model, mfcc_moments
+from model import N_TOKENS, OBJECTIVES, PATCHES, keep_tokens, k_means, load_model, mfcc_of_patches
 from model import move_teacher, patchify, retrieval_accuracy, spread
 
 ROOT = Path(__file__).parent.parent
@@ -203,7 +203,7 @@ def test_the_centre_is_a_moving_average_of_the_teachers_outputs(corpus):
         expected = 0.9 * expected + 0.1 * mean
         objective.update(0.5)
         assert torch.allclose(objective.centre.double(), expected, atol=1e-6)
-    assert not objective.centre.requires_grad and "centre" in train.own_state(objective)
+    assert not objective.centre.requires_grad and "centre" in objective.state_dict()
 
 
 def test_barlow_compares_standardised_numbers(corpus):
@@ -347,7 +347,7 @@ def test_hubert_is_the_cross_entropy_of_cosines_at_hidden_patches(corpus):
     kept = keep_tokens(2, N_TOKENS, 0.65, generator(1))
     outputs, _ = objective(mel, "vertical", kept)
     prediction = objective.predict(mel, "vertical", kept)[0].tolist()
-    moments = (mfcc_moments(mel).double() / objective.scale.double()).tolist()
+    moments = (mfcc_of_patches(mel).double() / objective.scale.double()).tolist()
     centroids, embedding = objective.centroids.tolist(), objective.embedding.tolist()
     clusters = objective.clusters(mel)
     assert clusters.shape == (2, 48) and len(clusters.unique()) > 1
@@ -373,12 +373,12 @@ def test_the_clusters_of_hubert_do_not_depend_on_the_precision(corpus):
     assert torch.equal(rounded, objective.clusters(mel))
 
 
-def test_mfcc_moments_are_the_definition():
+def test_mfcc_of_patches_are_the_definition():
     """Cepstral coefficients by loops, their differences, and the mean over the two frames of a moment."""
     mel = power(2, seed=5).half()
     mel[1, :, :40] = 0  # silence
     cosines = [[math.cos(math.pi * k * (n + 0.5) / 128) for n in range(128)] for k in range(13)]
-    found = mfcc_moments(mel)
+    found = mfcc_of_patches(mel)
     assert found.shape == (2, 48, 39)
     for row in (0, 1):
         logs = [[math.log(max(x, 1e-6)) for x in frame] for frame in mel[row].T.tolist()]
@@ -475,7 +475,7 @@ def test_k_means_with_empty_clusters_and_equal_points():
 def test_hubert_clusters_the_moments_of_the_corpus(corpus):
     objective, *_ = build(corpus, "hubert", "--clusters", 20)
     segments = corpus.sample_pairs(torch.arange(96), generator(4)).flatten(0, 1)
-    moments = mfcc_moments(segments).flatten(0, 1)
+    moments = mfcc_of_patches(segments).flatten(0, 1)
     assert torch.allclose(objective.scale, moments.std(dim=0), rtol=0.2)  # of other segments of the same clips
     points = moments[torch.randperm(len(moments), generator=generator())[:2000]] / objective.scale
     counts = torch.bincount(objective.clusters(segments).flatten(), minlength=20)
@@ -535,7 +535,7 @@ def test_a_step_in_chunks_is_the_undivided_step(corpus, name):
         views, kept = train.draw_batch(corpus, torch.arange(96), 0, args)
         figures = train.train_step(objective, optimizer, views, kept, 0.05, args)
         gradients = {key: p.grad for key, p in objective.named_parameters() if p.grad is not None}
-        state = train.own_state(objective)
+        state = objective.state_dict()
         fixed = {key: state[key] for key in ("centre", "centroids", "scale") if key in state}
         results.append((figures, {**gradients, **fixed}))
     (figures, whole), (chunk_figures, chunks) = results
@@ -605,7 +605,7 @@ def test_targets_carry_no_gradient(corpus):
         objective, *_ = build(corpus, name)
         outputs, vectors = objective(mel, "vertical", kept)
         assert outputs.requires_grad and not vectors.requires_grad
-        for key, value in train.own_state(objective).items():
+        for key, value in objective.state_dict().items():
             if key.startswith(("teacher", "centroids", "scale")):
                 assert not value.requires_grad
 
