@@ -737,7 +737,8 @@ def test_a_run_leaves_a_log_and_a_model(folder, runs, name):
             assert line["retrieval"] is None
     checkpoint = runs[name]
     assert checkpoint["settings"]["objective"] == name and checkpoint["settings"]["planned_steps"] == 6
-    assert not any(key.startswith("model.") for key in checkpoint["objective"])
+    stored = {key: value for key, value in checkpoint["objective"].items() if key.startswith("model.")}
+    assert same(stored, {f"model.{key}": value for key, value in checkpoint["model"].items()})
 
     model = load_model(folder / "runs" / name / "checkpoint.pt")
     assert model.config.patch == ("vertical" if name == "hubert" else "hybrid")
@@ -750,7 +751,7 @@ def test_a_run_leaves_a_log_and_a_model(folder, runs, name):
 
 
 def test_what_the_checkpoints_hold_beside_the_model(runs):
-    parts = {name: {key.split(".")[0] for key in runs[name]["objective"]} for name in OBJECTIVES}
+    parts = {name: {key.split(".")[0] for key in runs[name]["objective"]} - {"model"} for name in OBJECTIVES}
     decoder = {"mask_token", "decoder", "to_prediction"}
     assert parts == {
         "contrast": set(),
@@ -856,7 +857,7 @@ def test_the_progress_of_a_run_goes_from_its_first_step_to_1(folder, monkeypatch
 
 def test_k_means_sees_only_the_minutes_of_the_run(corpus, monkeypatch):
     """Of --minutes 1, six clips: no other clip of the corpus decides about the clusters."""
-    clips = train.choose_clips(corpus, 1, 0)
+    clips = train.choose_clips(corpus, settings("hubert", "--minutes", 1, batch=4))
     asked = []
     sample = corpus.sample_pairs
     monkeypatch.setattr(corpus, "sample_pairs", lambda ids, *rest: asked.append(ids) or sample(ids, *rest))
