@@ -55,10 +55,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # Sound
 # ------------------------------------------------------------------------------------------------------------
 
-AUDIO_SUFFIXES = {
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"
-}  # fmt: skip
-FOREIGN_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".dsf", ".ac3"}
+AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf".split())
+FOREIGN_SUFFIXES = set(".m4a .mp4 .aac .wma .webm .mka .ape .wv .mpc .dsf .ac3".split())
 BLOCK = 2**20  # samples a channel that are read at once
 
 
@@ -293,13 +291,13 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# The sorted files are cut into shards. A worker writes a shard's frames (shards-HASH/7.f16) and its lines of
-# the index (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on
-# the settings. When all shards exist they are concatenated. A build that is interrupted at any moment loses
-# only the shards that were not complete.
+# A shard is a few of the files. A worker writes its frames (shards-HASH/7.f16) and its lines of the index
+# (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on the
+# settings. When all shards exist they are concatenated. A build that is interrupted at any moment loses only
+# the shards that were not complete.
 # ------------------------------------------------------------------------------------------------------------
 
-SHARD_BYTES = 160e6  # of source files in a shard: about 1,000 clips of MP3
+SHARD_FILES = 32  # at most in a shard: about 1,000 clips if they are songs
 SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
 FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]
 
@@ -326,18 +324,29 @@ def _checked_mel(wave):
     if not wave.isfinite().all():
         return None, ["unreadable", "samples that are not finite numbers"]
     if len(wave) < (FRAMES - 1) * HOP:
-        seconds = len(wave) / SAMPLE_RATE
-        return None, ["too short", f"{seconds:.2f} s, and a segment is {SEGMENT_SECONDS:.2f} s"]
+        reason = f"{len(wave) / SAMPLE_RATE:.2f} s, and a segment is {SEGMENT_SECONDS:.2f} s"
+        return None, ["too short", reason]
     mel = _stored_mel(wave)  # of the whole clip, which is cut into segments later: see mel_segments
     if not mel.any():
         return None, ["silent", "digital silence"]
     return mel, None
 
 
+def _clip_mels(name, clips):
+    """The clips of a file as (offset, mel, problem); the mel or the problem is None."""
+    end = 0.0
+    try:
+        for offset, wave in clips(name):
+            yield offset, *_checked_mel(wave)
+            end = offset + len(wave) / SAMPLE_RATE
+    except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
+        yield end, None, ["unreadable", str(error).split(f"{name}: ", 1)[-1]]
+
+
 def _write_shard(shard, names, clips):
     """In a worker: write SHARD.f16 and SHARD.jsonl, the frames and the index of the files `names`.
 
-    `clips(name)` yields a file's clips. SHARD.now contains the name of the file that is being read.
+    SHARD.now contains the name of the file that is being read.
     """
     if os.path.exists(shard + ".jsonl"):  # by an earlier build that was interrupted
         return
@@ -346,19 +355,12 @@ def _write_shard(shard, names, clips):
         for name in names:
             Path(shard + ".now").write_text(json.dumps(name))
             entry = {"file": name, "clips": [], "skipped": []}
-            end = 0.0
-            try:
-                for offset, wave in clips(name):
-                    mel, problem = _checked_mel(wave)
-                    if problem:
-                        entry["skipped"].append([offset, *problem])
-                    else:
-                        frames_file.write(mel.T.contiguous().numpy())  # (T, 128)
-                        entry["clips"].append([offset, mel.shape[1]])
-                    end = offset + len(wave) / SAMPLE_RATE
-            except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
-                reason = str(error).split(f"{name}: ", 1)[-1]
-                entry["skipped"].append([end, "unreadable", reason])
+            for offset, mel, problem in _clip_mels(name, clips):
+                if problem:
+                    entry["skipped"].append([offset, *problem])
+                else:
+                    frames_file.write(mel.T.contiguous().numpy())  # (T, 128)
+                    entry["clips"].append([offset, mel.shape[1]])
             index.write(json.dumps(entry) + "\n")
     os.replace(part + ".f16", shard + ".f16")
     os.replace(part + ".jsonl", shard + ".jsonl")  # the last: it means that the shard is complete
@@ -369,16 +371,16 @@ def _file_at_work(shard, *_):
     return json.loads(Path(shard + ".now").read_text())
 
 
-def _join_shards(out, jobs, settings):
+def _join_shards(out, folder, count, settings):
     """Concatenate the shards into mel.f16 and index.jsonl, and list what was skipped in skipped.csv."""
     totals, skipped = Counter(), [("file", "offset", "kind", "reason")]
-    part = f"{jobs[0][0]}.{os.getpid()}."
+    part = f"{folder}/{os.getpid()}."
     with open(part + "mel.f16", "wb") as mel, open(part + "index.jsonl", "w") as index:
         index.write(json.dumps(settings) + "\n")
-        for shard, *_ in jobs:
-            with open(shard + ".f16", "rb") as frames:
+        for number in range(count):
+            with open(folder / f"{number}.f16", "rb") as frames:
                 shutil.copyfileobj(frames, mel)
-            for line in Path(shard + ".jsonl").read_text().splitlines():
+            for line in (folder / f"{number}.jsonl").read_text().splitlines():
                 index.write(line + "\n")
                 entry = json.loads(line)
                 totals.update(clips=len(entry["clips"]), frames=sum(length for _, length in entry["clips"]))
@@ -391,11 +393,11 @@ def _join_shards(out, jobs, settings):
         os.replace(part + name, out / name)
 
 
-def _build(out, settings, shards, clips, workers):
-    """Build the corpus `out`, or open it when it is finished. Returns the `Corpus`.
+def _build(out, settings, names, clips, workers):
+    """Build the corpus `out` from the files `names`, or open it when it is finished. Returns the `Corpus`.
 
-    A shard is a list of file names; `clips(name)` yields the clips of a file. Raises ValueError when `out` is
-    a corpus with other settings, or holds anything else.
+    `clips(name)` yields the clips of a file. Raises ValueError when `out` is a corpus with other settings, or
+    holds anything else.
     """
     out = Path(out)
     found = os.listdir(out) if out.is_dir() else []
@@ -403,13 +405,15 @@ def _build(out, settings, shards, clips, workers):
         if out.is_file() or (found and not fnmatch.filter(found, SHARD_FOLDERS)):
             raise ValueError(f"{out} exists and is not a corpus: choose another name")
         folder = out / f"shards-{hashlib.sha1(json.dumps(settings).encode()).hexdigest()}"
-        jobs = [(f"{folder}/{number}", names, clips) for number, names in enumerate(shards)]
+        size = max(1, min(SHARD_FILES, len(names) // 64))
+        shards = [names[start : start + size] for start in range(0, len(names), size)]
+        jobs = [(f"{folder}/{number}", shard, clips) for number, shard in enumerate(shards)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tqdm(desc=str(out), total=sum(map(len, shards)), unit="file") as bar:
-                for _, names in zip(in_workers(_write_shard, jobs, workers, _file_at_work), shards):
-                    bar.update(len(names))
-            _join_shards(out, jobs, settings)
+            with tqdm(desc=str(out), total=len(names), unit="file") as bar:
+                for _, shard in zip(in_workers(_write_shard, jobs, workers, _file_at_work), shards):
+                    bar.update(len(shard))
+            _join_shards(out, folder, len(shards), settings)
         except FileNotFoundError:  # another process has finished this corpus and removed the shards
             if not (out / "index.jsonl").exists():
                 raise
@@ -436,8 +440,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     if not folder.is_dir():
         raise ValueError(f"{audio_dir}: there is no such folder")
     if not SEGMENT_SECONDS <= clip_seconds < math.inf:
-        least = f"take at least {SEGMENT_SECONDS:.2f} s"
-        raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment: {least}")
+        raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment of {SEGMENT_SECONDS:.2f} s")
     names = audio_files(folder)
     if not names:
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
@@ -451,14 +454,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
         "clip_seconds": float(clip_seconds),
         "front_end": FRONT_END,
     }
-    # Laid end to end, the files are cut every shard_bytes; a file belongs to the shard in which it begins.
-    shard_bytes = max(1, min(SHARD_BYTES, sum(sizes) / 64))
-    shards, before = {}, 0
-    for name, size in zip(names, sizes):
-        shards.setdefault(before // shard_bytes, []).append(name)
-        before += size
-    clips = partial(_file_clips, folder, clip_seconds)
-    return _build(out, settings, list(shards.values()), clips, workers)
+    return _build(out, settings, names, partial(_file_clips, folder, clip_seconds), workers)
 
 
 def build_embedded_corpus(n_clips, seed, out, workers=None):
@@ -466,8 +462,7 @@ def build_embedded_corpus(n_clips, seed, out, workers=None):
     source = f"embedded music, second edition, seed {seed}"
     settings = {"source": source, "files": n_clips, "front_end": FRONT_END}
     names = [f"clip {number}" for number in range(n_clips)]
-    shards = [names[start : start + 64] for start in range(0, n_clips, 64)]
-    return _build(out, settings, shards, partial(_embedded_clips, seed), workers)
+    return _build(out, settings, names, partial(_embedded_clips, seed), workers)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -575,7 +570,6 @@ INSTRUMENTS = {  # amplitudes of the harmonics; attack in seconds; decay time in
     "square": (HARMONIC**-0.9 * (HARMONIC % 2), 0.01, 0.8),
     "bass": (HARMONIC**-1.7, 0.008, 0.6),
 }
-
 
 # Lowest and highest tempo in beats a minute; instruments of chords and melody; rhythms of chords, bass
 # ('x' starts a note) and drums ('k' kick, 's' snare, 'h' hat): one bar, a sign for each sixteenth.
@@ -737,10 +731,10 @@ def report(corpus):
     hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     kinds = [kind for kind in corpus.totals if kind not in ("clips", "frames")]
-    skipped = [f"{corpus.totals[kind]:,} {kind}" for kind in kinds]
-    if skipped:
+    if kinds:
+        skipped = ", ".join(f"{corpus.totals[kind]:,} {kind}" for kind in kinds)
         table = corpus.path / "skipped.csv"
-        print(f"skipped: {', '.join(skipped)}; listed in {table}")
+        print(f"skipped: {skipped}; listed in {table}")
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
             for row in islice(unreadable, 10):
