@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom; the committed ones are executed, without errors and without local paths."""
+"""The notebooks run from top to bottom; the committed ones are executed, free of errors and of local paths."""
 
 import os
 import re
