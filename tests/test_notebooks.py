@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom; the committed ones are executed, free of errors and of local paths."""
+"""The notebooks run from top to bottom; the committed ones are executed, without errors or local paths."""
 
 import os
 import re
