@@ -228,7 +228,7 @@ def train_tiny(objective="contrast", steps=100, corpus=None, check=None, every=1
     args = settings_of(objective, **settings)
     corpus = corpus or small_corpus()
     clips = train.choose_clips(corpus, args)
-    learner, optimizer = train.build_objective(args, corpus, torch.device("cpu"), None)
+    learner, optimizer = train.build_objective(args, corpus, clips, torch.device("cpu"), None)
     log = [{"step": 0, **check(learner.model)}] if check else []
     for step in range(steps):
         views, kept = train.draw_batch(corpus, clips, step, args)
