@@ -368,7 +368,8 @@ def _write_shard(shard, names, clips):
 
 def _file_at_work(shard, *_):
     """Name of the file that the worker of this shard was reading."""
-    return json.loads(Path(shard + ".now").read_text())
+    now = Path(shard + ".now")
+    return json.loads(now.read_text()) if now.exists() else "before the first file"
 
 
 def _join_shards(out, folder, count, settings):
