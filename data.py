@@ -1,7 +1,8 @@
 """Stage 1 of Myna: sound -> mel spectrogram -> corpus -> pairs of segments.
 
-Input: a folder of music. Every file is decoded to 16 kHz mono, cut into clips of 10 seconds and transformed
-to mel power spectrograms (paper, section 3.6). All of them are stored in one memory-mapped array, the corpus.
+Input: a folder of music. Every file is decoded and cut into clips of 10 seconds; each clip is resampled to
+16 kHz mono and transformed to a mel power spectrogram (section 3.6 of the paper, arXiv 2502.12511). All of
+them are stored in one memory-mapped array, the corpus.
 Output: for each clip of a batch two random segments of 3 seconds, the positive pair (section 3.2;
 Algorithm 1, lines 5-7).
 
@@ -48,7 +49,7 @@ N_MELS = 128  # bands (section 3.6)
 FRAMES = 96  # frames in a segment: "three seconds" (section 3.2)
 SEGMENT_SECONDS = (FRAMES - 1) * HOP / SAMPLE_RATE  # 3.04 s, the shortest clip with 96 centred frames
 FLOAT16_MAX = 65_504.0
-# The cores that this process may use; only Linux tells.
+# The cores that this process may use; os.sched_getaffinity exists on Linux only.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # ------------------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def _read(sound, start, count=math.inf):
     lead = min(start, sound.samplerate // 4)
     sound.seek(start - lead)
     missing = lead + count
-    blocks = []
+    blocks = [np.zeros((0, sound.channels), np.float32)]
     while missing > 0:
         block = sound.read(min(missing, BLOCK), dtype="float32", always_2d=True)
         blocks.append(block)
@@ -229,6 +230,7 @@ def mel_segments(wave):
 
 
 def _exit_with_parent():
+    """End this worker when its parent was killed. Otherwise it would wait for a job forever."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -242,13 +244,13 @@ def _start_worker():
 
 
 def _start_workers(count):
-    """A pool of `count` worker processes that ignore SIGINT from their first moment."""
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it warns after an interrupt
+    """A pool of `count` worker processes. They ignore SIGINT even before they reach `_start_worker`."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it prints a warning after Ctrl-C
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_start_worker)
     if threading.current_thread() is threading.main_thread():  # no other thread may set signal handlers
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the processes that start now inherit it
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits this when it starts
         for _ in range(count):
-            pool.submit(int)  # each call starts one process
+            pool.submit(int)  # any job: each submit starts one process
         signal.signal(signal.SIGINT, handler)
     return pool
 
@@ -256,11 +258,12 @@ def _start_workers(count):
 def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
     """Yield function(*job) for each job, in order, computed ahead in worker processes (default: one a core).
 
-    An exception in `function` is raised here. When a worker dies, the jobs that have no result yet are
-    repeated one at a time; if a process dies again, a ValueError names its job by `name(*job)`.
+    An exception in `function` is raised here. If a worker process dies, the unfinished jobs run again in a
+    pool of one worker, one at a time. If that worker dies too, its job is the cause: ValueError, in which
+    `name(*job)` names the job.
     """
     workers, jobs = workers or CORES, iter(jobs)
-    ahead = 4 * workers if workers > 1 else 1  # a single worker gets one job at a time
+    ahead = 4 * workers if workers > 1 else 1  # one at a time, so that the cause of a death is known
     waiting, results = deque(), deque()  # the jobs that have no result yet, and their futures
     pool = _start_workers(workers)
     try:
@@ -291,15 +294,15 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# A shard is a few of the files. A worker writes its frames (shards-HASH/7.f16) and its lines of the index
-# (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on the
-# settings. When all shards exist they are concatenated. A build that is interrupted at any moment loses only
+# A shard is a group of source files. A worker writes the shard's frames (shards-HASH/7.f16) and its lines of
+# the index (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on
+# the settings. When all shards exist they are concatenated. A build that is killed at any moment loses only
 # the shards that were not complete.
 # ------------------------------------------------------------------------------------------------------------
 
 SHARD_FILES = 32  # at most in a shard: about 1,000 clips if they are songs
 SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
-FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]
+FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]  # a corpus with other values is refused
 
 
 def _file_clips(folder, clip_seconds, name):
@@ -315,7 +318,7 @@ def _file_clips(folder, clip_seconds, name):
 
 
 def _embedded_clips(seed, name):
-    """Clip N of the embedded music, whose name is "clip N", like a file of one clip."""
+    """`_file_clips` for the embedded music: the file called "clip N" has one clip, number N."""
     yield 0.0, synthesize(1, seed, int(name.removeprefix("clip ")))[0][0]
 
 
@@ -332,38 +335,39 @@ def _checked_mel(wave):
     return mel, None
 
 
-def _clip_mels(name, clips):
-    """The clips of a file as (offset, mel, problem); the mel or the problem is None."""
-    end = 0.0
+def _write_file(name, read_clips, mel_file):
+    """Write the mel of a file's clips. Returns the file's entry in the index."""
+    entry = {"file": name, "clips": [], "skipped": []}
+    end = 0.0  # seconds that could be read
     try:
-        for offset, wave in clips(name):
-            yield offset, *_checked_mel(wave)
+        for offset, wave in read_clips(name):
+            mel, problem = _checked_mel(wave)
+            if problem:
+                entry["skipped"].append([offset, *problem])
+            else:
+                mel_file.write(mel.T.contiguous().numpy())  # (T, 128)
+                entry["clips"].append([offset, mel.shape[1]])
             end = offset + len(wave) / SAMPLE_RATE
     except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
-        yield end, None, ["unreadable", str(error).split(f"{name}: ", 1)[-1]]
+        reason = str(error).split(f"{name}: ", 1)[-1]  # without the path, which the entry contains
+        entry["skipped"].append([end, "unreadable", reason])
+    return entry
 
 
-def _write_shard(shard, names, clips):
+def _write_shard(shard, names, read_clips):
     """In a worker: write SHARD.f16 and SHARD.jsonl, the frames and the index of the files `names`.
 
-    SHARD.now contains the name of the file that is being read.
+    SHARD.now contains the name of the file that is being read. A shard that exists is not written again.
     """
-    if os.path.exists(shard + ".jsonl"):  # by an earlier build that was interrupted
+    if os.path.exists(shard + ".jsonl"):
         return
     part = f"{shard}.{os.getpid()}"  # another process may build the same corpus
-    with open(part + ".f16", "wb") as frames_file, open(part + ".jsonl", "w") as index:
+    with open(part + ".f16", "wb") as mel_file, open(part + ".jsonl", "w") as index:
         for name in names:
             Path(shard + ".now").write_text(json.dumps(name))
-            entry = {"file": name, "clips": [], "skipped": []}
-            for offset, mel, problem in _clip_mels(name, clips):
-                if problem:
-                    entry["skipped"].append([offset, *problem])
-                else:
-                    frames_file.write(mel.T.contiguous().numpy())  # (T, 128)
-                    entry["clips"].append([offset, mel.shape[1]])
-            index.write(json.dumps(entry) + "\n")
+            index.write(json.dumps(_write_file(name, read_clips, mel_file)) + "\n")
     os.replace(part + ".f16", shard + ".f16")
-    os.replace(part + ".jsonl", shard + ".jsonl")  # the last: it means that the shard is complete
+    os.replace(part + ".jsonl", shard + ".jsonl")  # renamed last: its presence marks a complete shard
 
 
 def _file_at_work(shard, *_):
@@ -379,8 +383,8 @@ def _join_shards(out, folder, count, settings):
     with open(part + "mel.f16", "wb") as mel, open(part + "index.jsonl", "w") as index:
         index.write(json.dumps(settings) + "\n")
         for number in range(count):
-            with open(folder / f"{number}.f16", "rb") as frames:
-                shutil.copyfileobj(frames, mel)
+            with open(folder / f"{number}.f16", "rb") as mel_file:
+                shutil.copyfileobj(mel_file, mel)
             for line in (folder / f"{number}.jsonl").read_text().splitlines():
                 index.write(line + "\n")
                 entry = json.loads(line)
@@ -390,15 +394,15 @@ def _join_shards(out, folder, count, settings):
         index.write(json.dumps({"totals": totals}) + "\n")
     with open(part + "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
         csv.writer(table).writerows(skipped)
-    for name in ("skipped.csv", "mel.f16", "index.jsonl"):  # the index last: it means that all is there
+    for name in ("skipped.csv", "mel.f16", "index.jsonl"):  # the index last: it marks a finished corpus
         os.replace(part + name, out / name)
 
 
-def _build(out, settings, names, clips, workers):
+def _build(out, settings, names, read_clips, workers):
     """Build the corpus `out` from the files `names`, or open it when it is finished. Returns the `Corpus`.
 
-    `clips(name)` yields the clips of a file. Raises ValueError when `out` is a corpus with other settings, or
-    holds anything else.
+    `read_clips(name)` yields the clips of a file. Raises ValueError when `out` is a corpus with other
+    settings, or holds anything else.
     """
     out = Path(out)
     found = os.listdir(out) if out.is_dir() else []
@@ -406,9 +410,9 @@ def _build(out, settings, names, clips, workers):
         if out.is_file() or (found and not fnmatch.filter(found, SHARD_FOLDERS)):
             raise ValueError(f"{out} exists and is not a corpus: choose another name")
         folder = out / f"shards-{hashlib.sha1(json.dumps(settings).encode()).hexdigest()}"
-        size = max(1, min(SHARD_FILES, len(names) // 64))
+        size = max(1, min(SHARD_FILES, len(names) // 64))  # at least 64 shards, if there are as many files
         shards = [names[start : start + size] for start in range(0, len(names), size)]
-        jobs = [(f"{folder}/{number}", shard, clips) for number, shard in enumerate(shards)]
+        jobs = [(f"{folder}/{number}", shard, read_clips) for number, shard in enumerate(shards)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tqdm(desc=str(out), total=len(names), unit="file") as bar:
@@ -460,7 +464,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
 
 def build_embedded_corpus(n_clips, seed, out, workers=None):
     """The first `n_clips` of the embedded music (see `synthesize`) as a corpus in the folder `out`."""
-    source = f"embedded music, second edition, seed {seed}"
+    source = f"embedded music, second edition, seed {seed}"  # to be changed when `synthesize` changes
     settings = {"source": source, "files": n_clips, "front_end": FRONT_END}
     names = [f"clip {number}" for number in range(n_clips)]
     return _build(out, settings, names, partial(_embedded_clips, seed), workers)
@@ -492,7 +496,8 @@ def _read_index(path):
                 files.append(entry["file"])
         raise ValueError("the last line, the totals, is missing")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{index} is damaged: delete {path} and build it again") from error
+        problem = f"{index} is damaged, or not the index of a corpus"
+        raise ValueError(f"{problem}: delete {path} and build it again") from error
 
 
 class Corpus:
@@ -517,7 +522,7 @@ class Corpus:
             sizes = f"{path}/mel.f16 holds {size:,} bytes, and its index lists {2 * math.prod(shape):,}"
             raise ValueError(f"{sizes}: delete {path} and build it again with the same command")
         frames = np.memmap(path / "mel.f16", np.float16, "r", shape=shape)
-        self._map = frames.base
+        self._map = frames.base  # the mmap object; its size() is the current size of the file
         with warnings.catch_warnings():  # torch warns that the map cannot be written to
             warnings.simplefilter("ignore", UserWarning)
             self.mel = torch.from_numpy(frames)
@@ -623,8 +628,8 @@ def _compose(piece, rng):
     progression = np.roll(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], rng.integers(4))
     walk, notes = int(rng.integers(7)), []
     for begin in range(0, int(10 * piece.tempo / 15) + 2 * bar, bar):
-        # Octaves and players change within a clip. Otherwise the model tells a clip from the others by the
-        # spectrum of its sounds, and training does not improve the key.
+        # Octaves and instruments change within a clip. Otherwise timbre alone is enough to recognise a clip,
+        # and the model does not learn the key.
         if begin == 0 or rng.random() < 0.5:
             bass_octave, chord_octave, melody_octave = rng.integers((24, 40, 48), (48, 72, 84))
             chord_player, melody_player = rng.choice(piece.instruments, 2)
@@ -705,7 +710,7 @@ def _label(piece, notes, rng):
 
 
 def synthesize(n, seed, first=0):
-    """Clips `first` to `first + n - 1` of the embedded music of a seed; clip i depends on (seed, i) alone.
+    """Synthesize clips `first` to `first + n - 1` of the embedded music. Clip i depends on (seed, i) only.
 
     Returns waves (n, 160000) float32 at 16 kHz, and labels: `key` (n,) long, index in KEYS; `style` (n,)
     long, index in STYLES; `tags` (n, 10) float of 0 and 1; `mood` (n, 2) float, arousal and valence, -1 to 1.
