@@ -415,25 +415,27 @@ def _from_released(weights, path, patch):
 # Other objectives: what else can be learned from the same patches (python train.py --objective NAME)
 #
 # Two views (contrast, byol, clustering, barlow, vicreg): both views see 5 of 48 patches, as in Myna. The
-# objectives differ in their head, in their formula, and in whether a teacher (a moving average of the student)
-# makes one side. Formulas and widths are those of arXiv 2404.09177, scaled from its encoder's width 1024 to D.
+# objectives differ in their head, in their formula, and in whether a teacher (a moving average of the
+# student) makes one side. Formulas and widths are those of arXiv 2404.09177, with D in place of its 1024.
 #
 # Hidden patches (mae, data2vec, hubert): the encoder sees the visible patches of one segment, and a light
 # decoder predicts something at each hidden one. This is the form of MAE and data2vec 2.0. music2vec and
 # musicHuBERT (arXiv 2307.05161) put mask embeddings into the encoder's sequence instead.
 #
-# An objective has two parts. `forward` holds all weights and treats each row by itself, so that a batch can be
-# divided. `loss` has no weights and compares the outputs of the whole batch.
+# An objective has two parts. `forward` holds all weights and treats each row by itself, so that a batch can
+# be divided. `loss` has no weights and compares the outputs of the whole batch.
 # -----------------------------------------------------------------------------------------------------------
 
 
 class Contrast(nn.Module):
-    """Myna's own objective (section 3.1): `info_nce` of the projections of two views. The others inherit from it.
+    """Myna's own objective (section 3.1): `info_nce` of the projections of two views.
 
-    forward  segments (R, 128, 96) and kept patches (R, K) -> outputs for `loss` (R, ...), vectors for the
-    log (R, d) loss     outputs of both views of the whole batch (2, B, ...) -> scalar; `progress` goes from
-    0 to 1 in the run prepare  is called when a run begins, with some segments of the corpus update   is
-    called after each step, for what is not learned by gradient
+    The others inherit from it, and have the same methods:
+    - forward: segments (R, 128, 96), kept patches (R, K) -> outputs for `loss` (R, ...), vectors to log (R,
+      d)
+    - loss: outputs of both views of the whole batch (2, B, ...), progress of the run from 0 to 1 -> scalar
+    - prepare: called when a run begins, with some segments of the corpus
+    - update: called after each step, for what is not learned by gradient
     """
 
     two_views = True  # whether rows i of both views are a pair
@@ -619,7 +621,7 @@ class MaskedAutoencoder(Contrast):
         self.to_prediction = nn.Linear(self.dim, self.width or self.dim)
 
     def predict(self, mel, patch, kept):
-        """Predictions at all patches (R, N, width), and the encoder's tokens of the kept patches (R, K, D)."""
+        """Predictions at all patches (R, N, width), and the encoder's tokens of the kept ones (R, K, D)."""
         visible = self.model.tokens(mel, patch, kept)
         hidden = self.mask_token + getattr(self.model, f"position_{patch}")  # (N, D)
         where = kept[..., None].expand(-1, -1, self.dim)
@@ -726,7 +728,7 @@ def mfcc_moments(mel):
 
 
 def k_means(points, k, generator, iterations=50):
-    """Centroids (k, d) of points (n, d): Lloyd's algorithm from a k-means++ start (Arthur, Vassilvitskii 2007)."""
+    """Centroids (k, d) of points (n, d): Lloyd's algorithm, k-means++ start (Arthur, Vassilvitskii 2007)."""
     centroids = points[:1]
     distance = torch.full((len(points),), torch.inf)
     for _ in range(k - 1):  # the next one is a point, drawn in proportion to its squared distance

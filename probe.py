@@ -1,19 +1,20 @@
 """Stage 4 of Myna: labelled clips -> embeddings -> a grid of linear and MLP probes -> the task's metric.
 
-What does a frozen encoder know? Each clip of a labelled data set becomes one vector, the mean over its segments; small
-models, "probes", are trained on the vectors of the training split, 216 configurations of them side by side; the one that
-does best on the validation split is scored once on the test split (section 4.4 and Appendix C of the paper, after
-Castellon et al. 2021, "JukeMIR").
+A probe measures what a frozen encoder has learned. Each clip of a labelled data set becomes one vector, the
+mean over its segments. Small models, the probes, are trained on the vectors of the training split, in 216
+configurations. The configuration with the best score on the validation split is scored once on the test
+split (section 4.4 and Appendix C of the paper, after Castellon et al. 2021, "JukeMIR").
 
-    python probe.py                                          the newest checkpoint under runs/ on the embedded music's keys
-    python probe.py --task gtzan                             a data set under datasets/gtzan; also mtt, giantsteps, emomusic
+    python probe.py                                          newest checkpoint in runs/, embedded music's keys
+    python probe.py --task gtzan                             a data set in datasets/gtzan; DATASETS lists them
     python probe.py --task my_labels.csv                     your own labelled clips
-    python probe.py --task gtzan --features mfcc             what a hand-made feature knows; also chroma, --checkpoint random
-    python probe.py --embed MUSIC_FOLDER --out vectors.npz   just the embeddings, one row a file
+    python probe.py --task gtzan --features mfcc             a hand-made feature; also --checkpoint random
+    python probe.py --embed MUSIC_FOLDER --out vectors.npz   only the embeddings, one row per file
 
-The authors' evaluation code differs from the protocol that the paper names, and from this file, in five things: it picks
-the configuration by its test score, standardises each split by its own statistics, has no dropout on the input, looks at
-the validation split once an epoch, and chooses taggers by average precision. Table 1 may be a little optimistic for it.
+The authors' evaluation code differs from the protocol that the paper names, and from this file: it chooses
+the configuration by its test score, standardises each split by its own statistics, uses no dropout on the
+input, checks the validation split once an epoch, and chooses taggers by average precision. Because of the
+first point, the scores in Table 1 of the paper may be slightly too high.
 """
 
 import argparse
@@ -27,9 +28,8 @@ import re
 import sys
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import nullcontext
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,152 +40,167 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
+from data import audio_files, in_workers, mel_segments
 from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
 from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics. All take (targets, predictions), tensors or arrays, and compute in float64; predictions may have leading axes, one
-# entry for each configuration of a grid.
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
+# Metrics
+#
+# All take (targets, predictions), tensors or arrays, and compute in float64. Predictions may have leading
+# axes, one entry for each configuration of a grid.
+# ------------------------------------------------------------------------------------------------------------
 
 
 def accuracy(targets, predictions):
-    """Share of right class numbers: targets (n,), predictions (..., n)."""
+    """Share of correct class numbers: targets (n,), predictions (..., n)."""
     targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
     return (predictions == targets).double().mean(dim=-1)
 
 
 def weighted_key_score(targets, predictions):
-    """MIREX's key score of class numbers 0..11 C to B major, 12..23 C to B minor: targets (n,), predictions (..., n).
+    """MIREX's key score, which gives part of the score to related keys: targets (n,), predictions (..., n).
 
-    Same key 1; a perfect fifth above the target with its mode 0.5; relative major or minor 0.3; parallel 0.2 (mir_eval's).
+    Keys are numbered 0..11 C to B major, 12..23 C to B minor. The same key scores 1, a perfect fifth above
+    the target with the same mode 0.5, the relative major or minor 0.3, the parallel one 0.2 (as mir_eval).
     """
     targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
     same_mode = targets // 12 == predictions // 12
-    up = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
+    interval = (predictions - targets) % 12  # semitones from the target's tonic up to the prediction's
     relative = torch.where(targets < 12, 9, 3)  # A minor is nine above C major, C major three above A minor
-    exact, fifth = (up == 0).double(), (up == 7).double()
-    score = torch.where(same_mode, exact + 0.5 * fifth, 0.2 * exact + 0.3 * (up == relative).double())
-    return score.mean(dim=-1)
+    same_mode_score = (interval == 0).double() + 0.5 * (interval == 7).double()
+    other_mode_score = 0.2 * (interval == 0).double() + 0.3 * (interval == relative).double()
+    return torch.where(same_mode, same_mode_score, other_mode_score).mean(dim=-1)
 
 
-def _by_column(targets, scores):
-    """Targets and scores as columns sorted by score, and the first and last place that each score shares: (..., T, n)."""
+def _sort_by_score(targets, scores):
+    """Targets (..., T, n) sorted by score, and for each place where its score begins and ends."""
     targets, scores = torch.as_tensor(targets).double(), torch.as_tensor(scores).double()
-    scores, order = scores.transpose(-1, -2).contiguous().sort(dim=-1)
+    scores, order = scores.transpose(-1, -2).contiguous().sort(dim=-1)  # (..., T, n)
     targets = targets.T.expand_as(scores).gather(-1, order)
-    return targets, torch.searchsorted(scores, scores), torch.searchsorted(scores, scores, right=True)
+    first = torch.searchsorted(scores, scores)
+    end = torch.searchsorted(scores, scores, right=True)
+    return targets, first, end
 
 
 def roc_auc(targets, scores, average=True):
-    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting half.
+    """Area under the ROC curve: the chance that a positive scores above a negative; a tie counts half.
 
-    targets (n, T) of 0 and 1, scores (..., n, T). Mean over the tags that have both classes (no other has a curve); with
-    `average=False` all T of them, nan where there is no curve.
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over the tags that have positives and negatives; with
+    `average=False` one value for each of the T tags, nan for a tag without both.
     """
-    positive, first, last = _by_column(targets, scores)
-    ranks = (first + last + 1) / 2.0  # from 1, equal scores sharing the mean of their places
-    p = positive.sum(dim=-1)
-    n = positive.shape[-1] - p
-    area = ((ranks * positive).sum(dim=-1) - p * (p + 1) / 2) / (p * n)  # (..., T), 0 / 0 without both classes
+    positive, first, end = _sort_by_score(targets, scores)
+    ranks = (first + end + 1) / 2.0  # from 1; equal scores share the mean of their ranks
+    positives = positive.sum(dim=-1)
+    negatives = positive.shape[-1] - positives
+    pairs_won = (ranks * positive).sum(dim=-1) - positives * (positives + 1) / 2
+    area = pairs_won / (positives * negatives)  # (..., T), 0 / 0 = nan for a tag without both
     return area.nanmean(dim=-1) if average else area
 
 
 def average_precision(targets, scores, average=True):
-    """Area under the precision-recall curve as a sum of steps, equal scores being one threshold (sklearn's).
+    """Area under the precision-recall curve as a sum of steps; equal scores are one threshold (as sklearn).
 
-    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags, one without a positive counting 0 as in sklearn.
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags; a tag without positives counts 0.
     """
-    positive, first, _ = _by_column(targets, scores)
-    p = positive.sum(dim=-1, keepdim=True)
-    above = F.pad(p - positive.cumsum(dim=-1), (1, 0), value=0.0)  # positives above each place ...
-    above[..., :1] = p
-    precision = above.gather(-1, first) / (positive.shape[-1] - first)  # ... at the threshold of each score
-    area = (precision * positive).sum(dim=-1) / p.squeeze(-1).clamp(min=1)
+    positive, first, _ = _sort_by_score(targets, scores)
+    positives = positive.sum(dim=-1, keepdim=True)
+    below = positive.cumsum(dim=-1) - positive  # positives at lower places
+    found = (positives - below).gather(-1, first)  # positives that score at least as much as each place
+    precision = found / (positive.shape[-1] - first)
+    area = (precision * positive).sum(dim=-1) / positives.squeeze(-1).clamp(min=1)
     return area.mean(dim=-1) if average else area
 
 
 def r2(targets, predictions, average=True):
     """Coefficient of determination: targets (n, T), predictions (..., n, T). Mean over the T targets.
 
-    A constant target gives 1 when it is met exactly and 0 otherwise (sklearn's).
+    For a target that is constant, 1 where the prediction equals it and 0 otherwise (as sklearn).
     """
     targets, predictions = torch.as_tensor(targets).double(), torch.as_tensor(predictions).double()
     if targets.ndim == 1:
         targets, predictions = targets[:, None], predictions[..., None]
     residual = (targets - predictions).square().sum(dim=-2)
     total = (targets - targets.mean(dim=0)).square().sum(dim=0)
-    score = torch.where(total == 0, (residual == 0).double(), 1 - residual / total.where(total != 0, 1.0))
+    constant_score = (residual == 0).double()
+    score = torch.where(total == 0, constant_score, 1 - residual / total.where(total != 0, 1.0))
     return score.mean(dim=-1) if average else score
 
 
-METRICS = {  # of a kind of task, the primary one first; regression on several targets adds the r2 of each
-    "classes": ("accuracy",),
-    "key": ("weighted_key_score", "accuracy"),
-    "tags": ("roc_auc", "average_precision"),
-    "regression": ("r2",),
+METRICS = {  # kind of task -> its metrics, the primary one first
+    "classes": {"accuracy": accuracy},
+    "key": {"weighted_key_score": weighted_key_score, "accuracy": accuracy},
+    "tags": {"roc_auc": roc_auc, "average_precision": average_precision},
+    "regression": {"r2": r2},
 }
 
 
+def primary_metric(kind):
+    """Name of the metric that early stopping and the choice of the configuration use."""
+    return next(iter(METRICS[kind]))
+
+
+def _predictions(kind, outputs):
+    """What the metrics compare with the targets: class numbers (..., n), or the outputs (..., n, C)."""
+    return outputs.argmax(dim=-1) if kind in ("classes", "key") else outputs
+
+
 def evaluate(kind, targets, outputs):
-    """Every metric of a kind of task from a probe's outputs (..., n, C), probabilities or values, the primary one first."""
-    if kind == "tags":
-        return {"roc_auc": roc_auc(targets, outputs), "average_precision": average_precision(targets, outputs)}
-    if kind == "regression":
-        return {"r2": r2(targets, outputs)}
-    classes = outputs.argmax(dim=-1)
-    scores = {"accuracy": accuracy(targets, classes)}
-    return {"weighted_key_score": weighted_key_score(targets, classes), **scores} if kind == "key" else scores
+    """{name: score} for a probe's outputs (..., n, C), probabilities or values; the primary metric first."""
+    predictions = _predictions(kind, outputs)
+    return {name: metric(targets, predictions) for name, metric in METRICS[kind].items()}
 
 
 def primary_score(kind, targets, outputs):
     """The primary metric of `evaluate` alone."""
-    return roc_auc(targets, outputs) if kind == "tags" else evaluate(kind, targets, outputs)[METRICS[kind][0]]
+    return METRICS[kind][primary_metric(kind)](targets, _predictions(kind, outputs))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Tasks: labelled clips
 #
-# A task is data: clips with labels and splits, and the metric. The data sets are read as their publishers lay them out,
-# below whatever extra folders, with the splits of Castellon et al. (2021). A fifth one is one function and one line in
-# DATASETS; its docstring says where to get it and how the folder should look, and is shown when something isn't there.
-# ----------------------------------------------------------------------------------------------------------------------
+# Each data set is read from the files that its publisher distributes; extra folders above them do not matter.
+# A new data set is one function and one line in DATASETS. The docstring of the function says where to get the
+# data and how the folder must look; it is shown to users when something is missing.
+# ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
 
 
 class Clip(NamedTuple):
-    """What carries a label: a piece of a sound file."""
+    """A labelled piece of a sound file."""
 
-    path: Path | tuple  # of the embedded music the pair (seed, number)
+    path: Path | tuple  # for the embedded music the pair (seed, number); while reading, str: a missing file
     offset: float  # seconds
     duration: float | None  # seconds; None: to the end
-    label: object  # class number, list of 0.0 and 1.0, or list of numbers; None: comes with the rendered sound
+    label: object  # class number, list of 0.0 and 1.0, or list of numbers; None: made with the sound
     split: str  # "train", "valid", "test"
-    group: str  # song, artist, ...; never in two splits
+    group: str  # song, artist, ...; all clips of a group are in one split
 
 
 @dataclass
 class Task:
-    """Clips with their labels and splits, and how predictions for them are scored."""
+    """Labelled clips, and the kind of their labels, which decides the metrics."""
 
     name: str
     kind: str  # "classes", "key", "tags", "regression"
     names: tuple  # of the classes, tags or targets
     clips: list[Clip]
-    metrics: tuple  # names, the primary one first
-    missing: list[str]  # files that the labels name and the disk does not hold
+    missing: list[str]  # files that the labels name and that do not exist
     per_group: bool = False  # average the predicted probabilities over a group before scoring
     published: dict | None = None  # clips per split, as published
+    note: str = ""  # what a user should know before using the scores
 
 
-def _task(name, kind, names, clips, missing, **more):
-    each = tuple(f"r2 {target}" for target in names) if kind == "regression" and len(names) > 1 else ()
-    return Task(name, kind, tuple(names), clips, METRICS[kind] + each, missing, **more)
+def _task(name, kind, names, clips, **more):
+    """The Task of the clips whose files exist; the others are listed as missing."""
+    missing = dict.fromkeys(clip.path for clip in clips if isinstance(clip.path, str))
+    present = [clip for clip in clips if not isinstance(clip.path, str)]
+    return Task(name, kind, tuple(names), present, list(missing), **more)
 
 
 def _files(root):
-    """All files and folders down to six levels below `root`: the last one, two or three parts of a path -> the path."""
+    """{last one, two or three parts of a path: path} for all files and folders, up to six levels deep."""
     found = {}
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
@@ -194,66 +209,91 @@ def _files(root):
             parts = (*above, name)
             for count in (1, 2, 3):
                 found.setdefault("/".join(parts[-count:]), Path(folder, name))
-        if len(above) == 5:  # ends links that lead back up, too
+        if len(above) == 5:  # this also ends links that lead back up
             folders.clear()
     return found
 
 
-def _sound(files, stem):
-    """The sound file of that name in any format, or None: those who re-publish data sets convert them."""
-    return next((files[stem + suffix] for suffix in sorted(AUDIO_SUFFIXES) if stem + suffix in files), None)
+def _sound(files, stem, name):
+    """The path of the sound file `stem` in any format, since copies are often converted; else `name`."""
+    for suffix in sorted(AUDIO_SUFFIXES):
+        if stem + suffix in files:
+            return files[stem + suffix]
+    return name
 
 
 def _table(path, columns, delimiter=",", strict=False):
-    """The rows of a table that must have `columns`: pairs (line number, {column: field}), all stripped, no blank rows.
+    """The rows of a table that must have `columns`, as pairs (line number, {column: field}); no blank rows.
 
-    A publisher's file is taken as it comes; `strict`, whatever is not quite right with somebody's own is a ValueError.
+    With `strict`, for a user's table, a malformed table is a ValueError; a published one is read as it is.
     """
+    lines = []
     with open(path, newline="", encoding="utf-8-sig", errors="strict" if strict else "replace") as file:
-        rows = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
+        reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
         try:
-            header = [field.strip() for field in next(rows, [])]
-            if absent := [column for column in columns if column not in header]:
-                raise ValueError(f"{path}: no column {absent[0]!r} in the first line, {header} (separator: {delimiter!r})")
-            if strict and len(set(header)) < len(header):
-                raise ValueError(f"{path}: the column {max(header, key=header.count)!r} is there twice")
-            for fields in rows:
-                if strict and len(fields) > len(header):
-                    raise ValueError(f"{path}, line {rows.line_num}: {len(fields)} fields for {len(header)} columns")
-                if any(fields := [field.strip() for field in fields]):
-                    yield rows.line_num, dict(itertools.zip_longest(header, fields, fillvalue=""))
+            for fields in reader:
+                lines.append((reader.line_num, [field.strip() for field in fields]))
         except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path}, after line {rows.line_num}: not a table in UTF-8 ({error})") from error
+            line = reader.line_num
+            raise ValueError(f"{path}, after line {line}: not a table in UTF-8 ({error})") from error
+    header = lines.pop(0)[1] if lines else []
+    for column in columns:
+        if column not in header:
+            raise ValueError(f"{path}: no column {column!r} in the first line, {header} (at {delimiter!r})")
+    if strict and len(set(header)) < len(header):
+        raise ValueError(f"{path}: a column is there twice in the first line, {header}")
+    for line, fields in lines:
+        if strict and len(fields) > len(header):
+            raise ValueError(f"{path}, line {line}: {len(fields)} fields for {len(header)} columns")
+        if any(fields):
+            yield line, dict(itertools.zip_longest(header, fields, fillvalue=""))
 
 
 def _float(text, where):
+    """The finite number in a field; `where` begins the message of the ValueError."""
     try:
-        if math.isfinite(number := float(text)):
-            return number
+        number = float(text)
     except ValueError:
-        pass
-    raise ValueError(f"{where}: {text!r} is not a number")
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: {text!r} is not a number")
+    return number
 
 
 def _key(text, where):
-    """Class number of a key, 0..11 C to B major, 12..23 C to B minor: "Db major", "C# minor", "Bb:min", "F#m", "E"."""
-    parts = re.fullmatch(r"([A-G])([#b♯♭]?)\s*:?\s*(?:(m|(?i:min|minor))|M|(?i:maj|major)|)", text.strip())
-    if not parts:
+    """Number (0..23) of a key that is written as "Db major", "C# minor", "Bb:min", "F#m", "E" or the like."""
+    pattern = r"([A-G])([#b♯♭]?)\s*:?\s*(?:(m|(?i:min|minor))|M|(?i:maj|major)|)"
+    match = re.fullmatch(pattern, text.strip())
+    if not match:
         raise ValueError(f"{where}: {text!r} is not a key such as 'Db major' or 'C# minor'")
-    pitch = "C D EF G A B".index(parts[1]) + {"": 0, "#": 1, "♯": 1}.get(parts[2], -1)
-    return pitch % 12 + 12 * bool(parts[3])
+    letter, sign, minor = match.groups()
+    tonic = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}[letter]
+    tonic += {"": 0, "#": 1, "♯": 1, "b": -1, "♭": -1}[sign]
+    return tonic % 12 + (12 if minor else 0)
 
 
 def _sha1(text):
+    """The SHA-1 of a text as an integer: a random-looking number that is the same on every machine."""
     return int(hashlib.sha1(text.encode()).hexdigest(), 16)
 
 
+def _ranked_splits(groups):
+    """{group: split} by rank of the SHA-1: a tenth test, a tenth valid, at least one each, the rest train.
+
+    A new group changes the split of few others.
+    """
+    ranked = sorted(set(groups), key=_sha1)
+    tenth = max(1, round(len(ranked) / 10))
+    test, valid = ranked[:tenth], ranked[tenth : 2 * tenth]
+    return dict.fromkeys(ranked, "train") | dict.fromkeys(valid, "valid") | dict.fromkeys(test, "test")
+
+
 def _standardise(clips, where):
-    """Targets to (target - mean) / deviation, both over the development songs: train and valid."""
-    targets = np.array([clip.label for clip in clips])
+    """Subtract from each target its mean and divide by its standard deviation, both over train and valid."""
+    targets = np.array([clip.label for clip in clips])  # (n, T)
     development = targets[[clip.split != "test" for clip in clips]]
     if not len(development) or not np.ptp(development, axis=0).all():
-        raise ValueError(f"{where}: a target has one value, or none, in all of train and valid")
+        raise ValueError(f"{where}: a target has fewer than two values in train and valid")
     targets = (targets - development.mean(axis=0)) / development.std(axis=0)
     return [clip._replace(label=label) for clip, label in zip(clips, targets.tolist())]
 
@@ -262,111 +302,178 @@ GENRES = ("blues", "classical", "country", "disco", "hiphop", "jazz", "metal", "
 
 
 def _gtzan(files):
-    """GTZAN Genre Collection (Tzanetakis and Cook, 2002), with the fault-filtered split (Kereliuk et al., 2015).
+    """GTZAN Genre Collection (Tzanetakis and Cook, 2002), fault-filtered split (Kereliuk et al., 2015).
 
-    Where to get it: the sound is linked from marsyas.info, the three lists are in github.com/coreyker/dnn-mgr, folder gtzan.
+    Where to get it: the sound from marsyas.info, the lists in github.com/coreyker/dnn-mgr, folder gtzan.
     The folder holds: genres/blues/blues.00000.wav (or .au) and so on; train_, valid_ and test_filtered.txt.
     """
-    clips, missing = [], []
+    clips = []
     for split in SPLITS:
-        where = files[f"{split}_filtered.txt"]
-        for line in where.read_text("utf-8-sig", "replace").split():
-            if not (stem := re.search(rf"({'|'.join(GENRES)})\.\d{{5}}", line)):
-                raise ValueError(f"{where}: {line!r} is not a name like 'blues/blues.00029.wav'")
-            if path := _sound(files, stem[0]):
-                clips.append(Clip(path, 0.0, None, GENRES.index(stem[1]), split, stem[0]))
-            else:
-                missing.append(line)
-    return _task("gtzan", "classes", GENRES, clips, missing, published={"train": 443, "valid": 197, "test": 290})
+        table = files[f"{split}_filtered.txt"]
+        for line in table.read_text("utf-8-sig", "replace").split():
+            match = re.search(rf"({'|'.join(GENRES)})\.\d{{5}}", line)
+            if not match:
+                raise ValueError(f"{table}: {line!r} is not a name like 'blues/blues.00029.wav'")
+            stem, genre = match[0], match[1]
+            clips.append(Clip(_sound(files, stem, line), 0.0, None, GENRES.index(genre), split, stem))
+    return _task("gtzan", "classes", GENRES, clips, published={"train": 443, "valid": 197, "test": 290})
 
 
 def _mtt(files):
-    """MagnaTagATune (Law et al., 2009): its 50 most frequent tags, split by folder (van den Oord et al., 2014).
+    """MagnaTagATune (Law et al., 2009): 50 most frequent tags, split by folder (van den Oord et al., 2014).
 
-    Where to get it: the sound (a zip in three parts) and the tags are on mirg.city.ac.uk, The MagnaTagATune Dataset.
+    Where to get it: mirg.city.ac.uk, The MagnaTagATune Dataset; the sound is a zip in three parts.
     The folder holds: annotations_final.csv, and the zip's sixteen folders 0, 1, ... f of .mp3 files.
     """
-    rows, count, tags, clips, missing = [], Counter(), [], [], []
+    rows, tags, count = [], [], Counter()
     for _, row in _table(files["annotations_final.csv"], ("clip_id", "mp3_path"), "\t"):
         number, name, tags = row.pop("clip_id"), row.pop("mp3_path"), list(row)
-        rows.append((number, name, {tag for tag in tags if row[tag] == "1"}))
-        count.update(rows[-1][2])
-    tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # stable: of two equally frequent ones the first column first
+        present = {tag for tag in tags if row[tag] == "1"}
+        rows.append((number, name, present))
+        count.update(present)
+    tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # of equally frequent tags the first columns
+    split_of = dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+    clips = []
     for number, name, present in rows:
         if number in ("35644", "55753", "57881"):  # corrupt as published
             continue
-        if path := _sound(files, name.removesuffix(".mp3")):
-            split = "train" if name[0] in "0123456789ab" else "valid" if name[0] == "c" else "test"
-            song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the seconds between which the clip was cut out
-            clips.append(Clip(path, 0.0, None, [float(tag in present) for tag in tags], split, song))
-        else:
-            missing.append(name)
-    return _task("mtt", "tags", tags, clips, missing, published={"train": 18_706, "valid": 1_825, "test": 5_329})
+        path = _sound(files, name.removesuffix(".mp3"), name)
+        label = [float(tag in present) for tag in tags]
+        song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the clip's first and last second
+        clips.append(Clip(path, 0.0, None, label, split_of.get(name[:1], "test"), song))
+    return _task("mtt", "tags", tags, clips, published={"train": 18_706, "valid": 1_825, "test": 5_329})
+
+
+def _validation_artists(tracks):
+    """Artists chosen by hash, and those who share a track with them, in two passes over the tracks."""
+    valid = {artist for artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
+    for _ in range(2):
+        for artists in tracks:
+            if artists & valid:
+                valid |= artists
+    return valid
+
+
+def _count_pieces(path, seconds):
+    """How many whole pieces of `seconds` a file holds; 1 if it is short, missing, unreadable, or no song."""
+    try:
+        duration = soundfile.info(str(path)).duration if isinstance(path, Path) else 0
+    except (OSError, soundfile.SoundFileError):  # decoding will say what is wrong with it
+        duration = 0
+    return int(duration // seconds) if seconds <= duration < 3600 else 1
 
 
 def _giantsteps(files):
-    """GiantSteps: train and valid from the MTG-Key set (Faraldo), test the Key set (Knees et al., 2015), cut into 30 s.
+    """GiantSteps keys: train and valid from the MTG-Key set (Faraldo), test the Key set (Knees et al., 2015).
 
-    Where to get it: github.com/GiantSteps, giantsteps-mtg-key-dataset and giantsteps-key-dataset, with scripts for the sound.
+    Where to get it: github.com/GiantSteps, giantsteps-mtg-key-dataset and giantsteps-key-dataset, which have
+    scripts for the sound.
     The folder holds: giantsteps-mtg-key-dataset/annotations/annotations.txt and beatport_metadata.txt;
     giantsteps-key-dataset/annotations/key/<ID>.LOFI.key; and, anywhere, the <ID>.LOFI.mp3 of both.
     """
-    table = _table(files["annotations/beatport_metadata.txt"], ("ID", "ARTIST"), "\t")
-    tracks = [(row["ID"], {name.strip().lower() for name in row["ARTIST"].split(",")}) for _, row in table]
-    valid = {artist for _, artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
-    for _ in range(2):  # who shares a track with them joins them: two passes, as in Castellon's code, not until all is still
-        for _, artists in tracks:
-            valid |= artists if artists & valid else set()
-    songs, artists_of, where = [], dict(tracks), files["annotations/annotations.txt"]
-    for line, row in _table(where, ("ID", "MANUAL KEY", "C"), "\t"):
-        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and of one key
+    tracks = []
+    for _, row in _table(files["beatport_metadata.txt"], ("ID", "ARTIST"), "\t"):
+        tracks.append((row["ID"], {artist.strip().lower() for artist in row["ARTIST"].split(",")}))
+    artists_of = dict(tracks)
+    valid = _validation_artists([artists for _, artists in tracks])
+    songs, table = [], files["annotations/annotations.txt"]  # songs: (ID, key, split)
+    for line, row in _table(table, ("ID", "MANUAL KEY", "C"), "\t"):
+        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and names one key
             split = "valid" if artists_of.get(row["ID"], set()) & valid else "train"
-            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{where}, line {line}"), split))
+            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{table}, line {line}"), split))
     for tail, path in files.items():
-        song = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
-        if song and path.parent.parent != where.parent:
-            songs.append((song[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
-    clips, missing = [], []
+        match = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
+        if match and path.parent.parent != table.parent:
+            songs.append((match[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
+    clips = []
     for song, key, split in songs:
-        if not (path := _sound(files, f"{song}.LOFI")):
-            missing.append(f"{song}.LOFI.mp3")
-            continue
-        try:
-            seconds = soundfile.info(str(path)).duration
-        except (OSError, soundfile.SoundFileError):
-            seconds = 0
-        # A file that cannot be read, or is no song's length, is one clip: decoding it will say what is wrong with it.
-        whole = int(seconds // 30) if 30 <= seconds < 3600 else 1
-        clips += [Clip(path, 30.0 * i, 30.0, key, split, song) for i in range(whole)]
+        path = _sound(files, f"{song}.LOFI", f"{song}.LOFI.mp3")
+        clips += [Clip(path, 30.0 * i, 30.0, key, split, song) for i in range(_count_pieces(path, 30))]
     published = {"train": 3_687, "valid": 942, "test": 2_406}
-    return _task("giantsteps", "key", KEYS, clips, missing, per_group=True, published=published)
+    return _task("giantsteps", "key", KEYS, clips, per_group=True, published=published)
 
 
 def _emomusic(files):
-    """emoMusic (Soleymani et al., 2013): arousal and valence, standardised, of 45 seconds; an artist is in train or in valid.
+    """emoMusic (Soleymani et al., 2013): arousal and valence of 45 seconds, standardised; split by artist.
 
     Where to get it: the University of Geneva's page emoMusic, 1000 songs for emotional analysis of music.
-    The folder holds: annotations/songs_info.csv, annotations/static_annotations.csv, clips_45seconds/<song_id>.mp3.
+    The folder holds: songs_info.csv and static_annotations.csv in annotations, clips_45seconds/<song_id>.mp3.
     """
-    names, where, clips, missing = ("arousal", "valence"), files["static_annotations.csv"], [], []
-    rows = _table(where, ("song_id", "mean_arousal", "mean_valence"))
-    means = {row["song_id"]: [_float(row[f"mean_{name}"], f"{where}, line {line}") for name in names] for line, row in rows}
+    clips, means, table = [], {}, files["static_annotations.csv"]
+    for line, row in _table(table, ("song_id", "mean_arousal", "mean_valence")):
+        where = f"{table}, line {line}"
+        means[row["song_id"]] = [_float(row["mean_arousal"], where), _float(row["mean_valence"], where)]
     for _, row in _table(files["songs_info.csv"], ("song_id", "Artist", "Mediaeval 2013 set")):
-        if row["song_id"] in means:
-            artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
-            split = "test" if row["Mediaeval 2013 set"] == "evaluation" else "valid" if _sha1(artist) % 10 > 7 else "train"
-            path = _sound(files, f"clips_45seconds/{row['song_id']}")
-            missing += [] if path else [f"clips_45seconds/{row['song_id']}.mp3"]
-            clips.append(Clip(path, 0.0, None, means[row["song_id"]], split, row["song_id"]))
-    clips = [clip for clip in _standardise(clips, where) if clip.path]  # a missing file changes no other clip's label
-    return _task("emomusic", "regression", names, clips, missing, published={"train": 504, "valid": 115, "test": 125})
+        song = row["song_id"]
+        if song not in means:
+            continue
+        artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
+        split = "valid" if _sha1(artist) % 10 >= 8 else "train"
+        if row["Mediaeval 2013 set"] == "evaluation":
+            split = "test"
+        path = _sound(files, f"clips_45seconds/{song}", f"clips_45seconds/{song}.mp3")
+        clips.append(Clip(path, 0.0, None, means[song], split, song))
+    clips = _standardise(clips, table)  # a missing file changes no other clip's label
+    published = {"train": 504, "valid": 115, "test": 125}
+    return _task("emomusic", "regression", ("arousal", "valence"), clips, published=published)
 
 
-DATASETS = {  # the reader, and what it cannot do without
+INSTRUMENTS = ("BTb", "Hn", "Tbn", "TpC", "Acc", "Vc", "Cb", "Va", "Vn", "ASax", "Bn", "ClBb", "Fl", "Ob")
+
+
+def _tinysol(files):
+    """TinySOL (Cella et al., 2020): single notes of 14 instruments; fold 0 is valid, 1 test, 2 to 4 train.
+
+    Where to get it: zenodo.org/records/3685367, TinySOL.tar.gz and TinySOL_metadata.csv.
+    The folder holds: TinySOL_metadata.csv; audio/Brass/Bass_Tuba/ordinario/BTb-ord-F#1-pp-N-N.wav and so on.
+    """
+    split_of = {"0": "valid", "1": "test", "2": "train", "3": "train", "4": "train"}
+    clips, table = [], files["TinySOL_metadata.csv"]
+    for line, row in _table(table, ("Path", "Fold", "Instrument (abbr.)")):
+        fold, instrument = row["Fold"], row["Instrument (abbr.)"]
+        if fold not in split_of or instrument not in INSTRUMENTS:
+            raise ValueError(f"{table}, line {line}: {fold!r} is no fold or {instrument!r} no instrument")
+        name = row["Path"].split("/")[-1].removesuffix(".wav")  # no other note has it
+        path = _sound(files, name, row["Path"])
+        clips.append(Clip(path, 0.0, None, INSTRUMENTS.index(instrument), split_of[fold], name))
+    return _task("tinysol", "classes", INSTRUMENTS, clips)
+
+
+def _beatport(files):
+    """Beatport EDM Key (Faraldo): previews of two minutes with exactly one key; 80/10/10 within each key.
+
+    Where to get it: zenodo.org/records/1101082, audio.zip and keys.zip.
+    The folder holds: audio/100066 Lindstrom - Monsteer (Original Mix).mp3 and so on, keys/ the same in .txt.
+    All its IDs are in GiantSteps-MTG-Key too: never train on one of the two data sets and test on the other.
+    """
+    clips, unused = [], []
+    for tail, path in files.items():
+        match = re.fullmatch(r"keys/((\d+) [^/]*)\.txt", tail)
+        if not match:
+            continue
+        stem, number = match.groups()
+        text = path.read_text("utf-8-sig", "replace").strip()
+        if re.fullmatch(r"[A-G][#b]?\s+(major|minor)", text):
+            sound = _sound(files, f"audio/{stem}", f"audio/{stem}.mp3")
+            clips.append(Clip(sound, 0.0, None, _key(text, path), "", number))
+        else:
+            unused.append(f"{number} ({text!r})")
+    split_of = {}
+    for key in range(24):
+        split_of |= _ranked_splits(clip.group for clip in clips if clip.label == key)
+    clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
+    note = "All IDs are in GiantSteps-MTG-Key too: never train on one of these two and test on the other. "
+    note += f"{len(unused)} tracks are not used, they have no single key: {', '.join(unused)}"
+    return _task("beatport", "key", KEYS, clips, note=note)
+
+
+DATASETS = {  # the reader, and the files and folders that it needs
     "gtzan": (_gtzan, [f"{split}_filtered.txt" for split in SPLITS]),
     "mtt": (_mtt, ["annotations_final.csv"]),
-    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "annotations/beatport_metadata.txt", "annotations/key"]),
+    "giantsteps": (_giantsteps, ["annotations/annotations.txt", "beatport_metadata.txt", "annotations/key"]),
     "emomusic": (_emomusic, ["songs_info.csv", "static_annotations.csv", "clips_45seconds"]),
+    "tinysol": (_tinysol, ["TinySOL_metadata.csv"]),
+    "beatport": (_beatport, ["audio", "keys"]),
 }
 SYNTH = {
     "synth-key": ("key", KEYS),
@@ -374,128 +481,181 @@ SYNTH = {
     "synth-tags": ("tags", TAGS),
     "synth-mood": ("regression", ("arousal", "valence")),
 }
-SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed, clips; pre-training has seed 0
+SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed (training uses 0), clips
+
+
+def _label_columns(path, header, kind):
+    """The kind of a user's table, from its columns unless given, and the columns that hold the labels."""
+    columns = [name for name in header if name not in ("path", "split", "group", "offset", "duration")]
+    if not columns:
+        raise ValueError(f"{path}: no column 'label', 'tags', or numbers to predict")
+    if kind is None and "label" in columns:
+        kind = "classes"
+    elif kind is None:
+        kind = "tags" if "tags" in columns else "regression"
+    if kind == "regression":
+        return kind, columns
+    column = "tags" if kind == "tags" and "tags" in columns else "label"
+    if column not in columns:
+        raise ValueError(f"{path}: no column {column!r}")
+    return kind, [column]
+
+
+def _own_clip(where, row, folder):
+    """One row of a user's table as a Clip without label; split and group are as written, or None."""
+    path, split = folder / row["path"], row.get("split")
+    offset = _float(row.get("offset") or 0, f"{where}, offset")
+    duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
+    if not row["path"]:
+        raise ValueError(f"{where}: no path")
+    if split not in (None, *SPLITS):
+        raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
+    if offset < 0 or (duration is not None and duration <= 0):
+        raise ValueError(f"{where}: the offset must not be negative, and the duration must be more than 0")
+    return Clip(path if path.is_file() else row["path"], offset, duration, None, split, row.get("group"))
+
+
+def _own_groups(rows, clips, folder):
+    """Clips without a group get the name of their file, the same one however a row writes its path."""
+    files = [os.path.realpath(folder / row["path"]) for _, row in rows]
+    names = {}
+    for file, (_, row) in zip(files, rows):
+        name = Path(os.path.normpath(row["path"])).as_posix()
+        names[file] = min(name, names.get(file, name))
+    return [clip._replace(group=clip.group or names[file]) for file, clip in zip(files, clips)]
+
+
+def _own_splits(path, rows, clips):
+    """Clips with the splits of a user's table, or else by rank of the groups. No group is in two splits."""
+    split_of = {}
+    for (where, row), clip in zip(rows, clips):
+        other = split_of.setdefault(clip.group, clip.split)
+        if clip.split != other:
+            same = f"the same {'group' if row.get('group') else 'file'} {clip.group!r}"
+            raise ValueError(f"{where}: {clip.split}, but {same} is in {other} above")
+    if clips[0].split is None:
+        split_of = _ranked_splits(split_of)
+    for split in SPLITS:
+        if split not in split_of.values():
+            raise ValueError(f"{path}: no clips for {split}; a table without splits needs three groups")
+    return [clip._replace(split=split_of[clip.group]) for clip in clips]
+
+
+def _own_targets(path, rows, kind, columns):
+    """The labels of a user's table as numbers, and the names of its classes, tags or targets."""
+    if kind == "regression":
+        return [[_float(row[name], f"{where}, {name}") for name in columns] for where, row in rows], columns
+    column = columns[0]
+    for where, row in rows:
+        if kind != "tags" and not row[column]:
+            raise ValueError(f"{where}: no {column}")
+    if kind == "key":
+        return [_key(row[column], where) for where, row in rows], KEYS
+    if kind == "tags":
+        tags = [{tag.strip() for tag in row[column].split("|")} - {""} for _, row in rows]
+        names = sorted(set().union(*tags))
+        labels = [[float(name in present) for name in names] for present in tags]
+    else:
+        names = sorted({row[column] for _, row in rows})
+        labels = [names.index(row[column]) for _, row in rows]
+    if not names or (kind == "classes" and len(names) == 1):
+        raise ValueError(f"{path}: nothing to tell apart, column {column!r} has {names or 'no tag'} only")
+    return labels, names
 
 
 def _own_labels(path, folder, kind):
-    """Somebody's own clips, from a table as `load_task` describes it; `folder` is what its paths are relative to."""
-    rows = list(_table(path, ("path",), strict=True)) if path.is_file() else []
+    """The task in a user's own table, as `load_task` describes it; its paths are relative to `folder`."""
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    rows = [(f"{path}, line {line}", row) for line, row in _table(path, ("path",), strict=True)]
     if not rows:
-        raise ValueError(f"{path}: no clips in it" if path.is_file() else f"{path}: there is no such file")
-    names = [column for column in rows[0][1] if column not in ("path", "split", "group", "offset", "duration")]
-    kind = kind or ("classes" if "label" in names else "tags" if "tags" in names else "regression")
-    column = "tags" if kind == "tags" and "tags" in names else "label"
-    if not names or (kind != "regression" and column not in names):
-        raise ValueError(f"{path}: no column {column!r}" + ("" if names else ", 'tags', or numbers to predict"))
-
-    clips, split_of = [], {}
-    for line, row in rows:
-        where, split, group = f"{path}, line {line}", row.get("split"), row.get("group") or Path(row["path"]).as_posix()
-        if not row["path"] or not (row.get(column) or kind in ("tags", "regression")):
-            raise ValueError(f"{where}: no {column if row['path'] else 'path'}")
-        if split not in (None, *SPLITS):
-            raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
-        if row.get("group") and split_of.setdefault(group, split) != split:
-            raise ValueError(f"{where}: {split}, but the same group {group!r} is in {split_of[group]} above")
-        offset = _float(row.get("offset") or 0, f"{where}, offset")
-        duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
-        if offset < 0 or (duration is not None and duration <= 0):
-            raise ValueError(f"{where}: the offset must not be negative, and the duration be more than 0")
-        if kind == "regression":
-            label = [_float(row[name], f"{where}, {name}") for name in names]
-        elif kind == "tags":
-            label = {tag.strip() for tag in row[column].split("|")} - {""}
-        else:
-            label = _key(row[column], where) if kind == "key" else row[column]
-        clips.append(Clip(folder / row["path"], offset, duration, label, split, group))
-
-    if split is None:  # by the rank of the group's hash: exact shares, and a new group moves few of the others
-        groups = sorted({clip.group for clip in clips}, key=_sha1)
-        tenth = max(1, round(len(groups) / 10))
-        split_of = {group: SPLITS[(i < 2 * tenth) + (i < tenth)] for i, group in enumerate(groups)}
-        clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
-    for name in SPLITS:
-        if name not in {clip.split for clip in clips}:
-            raise ValueError(f"{path}: no clips for {name}; there must be some in each split, or three groups to split")
-
+        raise ValueError(f"{path}: no clips in it")
+    kind, columns = _label_columns(path, list(rows[0][1]), kind)
+    clips = [_own_clip(where, row, folder) for where, row in rows]
+    labels, names = _own_targets(path, rows, kind, columns)
+    clips = _own_splits(path, rows, _own_groups(rows, clips, folder))
+    clips = [clip._replace(label=label) for clip, label in zip(clips, labels)]
     if kind == "regression":
         clips = _standardise(clips, path)
-    elif kind == "key":
-        names = KEYS
-    else:
-        names = sorted(set().union(*(clip.label if kind == "tags" else [clip.label] for clip in clips)))
-        if len(names) < (1 if kind == "tags" else 2):
-            raise ValueError(f"{path}: nothing to tell apart, the column {column!r} holds {names or 'no tag'} only")
-        number = names.index if kind == "classes" else lambda label: [float(name in label) for name in names]
-        clips = [clip._replace(label=number(clip.label)) for clip in clips]
-    missing = [row["path"] for clip, (_, row) in zip(clips, rows) if not clip.path.is_file()]
-    if len(missing) == len(clips):
-        raise ValueError(f"{path}: none of its files is there, such as {clips[0].path}; paths are relative to {folder}")
-    return _task(path.stem, kind, names, [clip for clip in clips if clip.path.is_file()], missing)
-
-
-def load_task(name, root=None, kind=None):
-    """The labelled clips of a task: one of DATASETS below `root` (default: datasets/NAME), one of SYNTH, or a table.
-
-    Embedded clips have no label yet, it comes with their sound from `data.synthesize`. A table is a file in .csv with a
-    column `path`, relative to the table (or to `root`), and what to predict: `label`, or `tags` ("loud|fast", may be none),
-    or one number a column; optionally `split`, `group`, `offset`, `duration` (both in seconds). `kind` ("classes", "key",
-    "tags", "regression") is for a table whose columns don't tell. Without `split`, 80/10/10 of the groups (default: the
-    paths). Raises ValueError that says what to do for what is not there or not right.
-    """
-    name = str(name)
-    if kind not in (None, *METRICS):
-        raise ValueError(f"no kind of task {kind!r}: there are {', '.join(METRICS)}")
-    if kind and not name.lower().endswith(".csv"):
-        raise ValueError(f"a kind of task is for a table of your own; {name!r} is what it is")
-    if name.lower().endswith(".csv"):
-        return _own_labels(Path(name), Path(root or Path(name).parent), kind)
-    if name in SYNTH:
-        clips = [Clip((s, i), 0.0, None, None, split, f"{s}/{i}") for split, (s, n) in SYNTH_SPLITS.items() for i in range(n)]
-        return _task(name, *SYNTH[name], clips, [])
-    if name not in DATASETS:
-        raise ValueError(f"no task {name!r}: there are {', '.join((*DATASETS, *SYNTH))}, or a table of your own, NAME.csv")
-    reader, needed = DATASETS[name]
-    root = Path(root or f"datasets/{name}")
-    files = _files(root)
-    absent = [file for file in needed if file not in files]
-    task = None if absent else reader(files)
-    if absent or not task.clips:
-        what = " and no ".join(absent) or f"sound that the labels name, such as {task.missing[:1]},"
-        problem = f"no {what} below this folder" if root.is_dir() else "there is no such folder"
-        raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
+    task = _task(path.stem, kind, names, clips)
+    if not task.clips:
+        advice = f"such as {folder / task.missing[0]}; paths are relative to {folder}"
+        raise ValueError(f"{path}: none of its files is there, {advice}")
     return task
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Representations: what becomes of a clip
-# ----------------------------------------------------------------------------------------------------------------------
+def _dataset(name, root):
+    """A task of DATASETS from the folder `root`; an error says where to get what is missing."""
+    reader, needed = DATASETS[name]
+    files = _files(root)
+    absent = [file for file in needed if file not in files]
+    if not absent:
+        task = reader(files)
+        if task.clips:
+            return task
+        absent = [f"sound that the labels name, such as {task.missing[:1]},"]
+    problem = f"no {' and no '.join(absent)} below this folder"
+    if not root.is_dir():
+        problem = "there is no such folder"
+    raise ValueError(f"{root}: {problem}. {' '.join(reader.__doc__.split())}")
+
+
+def load_task(name, root=None, kind=None):
+    """The labelled clips of a task: one of DATASETS in `root` (default: datasets/NAME), of SYNTH, or a table.
+
+    A table is a .csv file with a column `path`, relative to the table (or to `root`), and what to predict:
+    `label`, or `tags` ("loud|fast"; may be empty), or columns of numbers. Optional columns are `split`,
+    `group`, `offset` and `duration` (seconds). `kind` ("classes", "key", "tags", "regression") is for a table
+    whose columns do not tell it. Without `split`, 80/10/10 of the groups; without `group`, each file is one;
+    no group is in two splits. Clips of SYNTH get their labels with their sound, from `data.synthesize`.
+    Raises ValueError with a sentence that says what to do when something is missing or wrong.
+    """
+    name = str(name)
+    is_table = name.lower().endswith(".csv")
+    if kind not in (None, *METRICS):
+        raise ValueError(f"no kind of task {kind!r}: there are {', '.join(METRICS)}")
+    if kind and not is_table:
+        raise ValueError(f"a kind of task is for a table of your own; that of {name!r} is fixed")
+    if not is_table and name not in (*DATASETS, *SYNTH):
+        known = ", ".join((*DATASETS, *SYNTH))
+        raise ValueError(f"no task {name!r}: there are {known}, or a table of your own, NAME.csv")
+
+    if is_table:
+        return _own_labels(Path(name), Path(root or Path(name).parent), kind)
+    if name in DATASETS:
+        return _dataset(name, Path(root or f"datasets/{name}"))
+    clips = []
+    for split, (seed, count) in SYNTH_SPLITS.items():
+        clips += [Clip((seed, i), 0.0, None, None, split, f"{seed}/{i}") for i in range(count)]
+    return _task(name, *SYNTH[name], clips)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Representations: from a clip to rows of numbers
+# ----------------------------------------------------------------------------------------------------------
 
 
 def load_clip(clip):
-    """The wave of a clip (samples,) float32 at 16 kHz, and its labels if they come with the sound, as in the embedded music."""
+    """The wave (samples,) of a clip, and the labels that come with it (embedded music) or None."""
     if isinstance(clip.path, tuple):
         waves, labels = data.synthesize(1, *clip.path)
         return waves[0], {name: values[0].tolist() for name, values in labels.items()}
     return load_audio(clip.path, clip.offset, clip.duration), None
 
 
-def mel_segments(wave):
-    """(samples,) -> (n, 128, 96) float16 mel power, the encoder's input; less than a window is filled up with zeros."""
-    wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
-    return segments(mel_spectrogram(wave).clamp(max=data.FLOAT16_MAX).half())
-
-
 def _statistics(frames):
-    """(features, T) over time -> mean and standard deviation of them and of their first and second differences."""
-    first = frames.diff(dim=1)
-    return torch.cat([part for x in (frames, first, first.diff(dim=1)) for part in (x.mean(dim=1), x.std(dim=1, correction=0))])
+    """(features, T) -> mean and standard deviation over time of x and its first and second differences."""
+    statistics = []
+    for x in (frames, frames.diff(dim=1), frames.diff(n=2, dim=1)):
+        statistics += [x.mean(dim=1), x.std(dim=1, correction=0)]
+    return torch.cat(statistics)
 
 
 def mfcc(wave):
-    """Castellon's timbre feature: statistics of 20 mel cepstral coefficients of the peak-normalised sound: (120,).
+    """Castellon's timbre feature: statistics of 20 mel cepstral coefficients, (120,).
 
-    The orthonormal DCT-II of mel power in decibels, floored 80 dB below the loudest value (librosa's `feature.mfcc`).
+    The orthonormal DCT-II of the mel power of peak-normalised sound in decibels, cut off 80 dB below the
+    maximum (librosa's `feature.mfcc`).
     """
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     mel = mel_spectrogram(wave / wave.abs().max().clamp(min=1e-9))
@@ -508,10 +668,11 @@ def mfcc(wave):
 
 
 def chroma(wave):
-    """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound: (72,).
+    """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound, (72,).
 
-    Theirs folds a constant-Q transform at 22,050 Hz; this folds an STFT at 16 kHz, each bin shared among the pitch classes by
-    a Gaussian of a semitone, within some octaves of 440 Hz; every frame is scaled to a maximum of 1.
+    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian of a
+    semitone shares each bin among the pitch classes, and a wider one prefers the octaves near 440 Hz. Each
+    frame's maximum is 1.
     """
     wave = F.pad(wave, (0, max(0, 4 * N_FFT - len(wave))))
     wave = wave / wave.abs().max().clamp(min=1e-9)
@@ -525,55 +686,131 @@ def chroma(wave):
     return _statistics(frames / frames.amax(dim=0).clamp(min=1e-9))
 
 
-INPUTS = {  # wave (samples,) -> (rows, ...): what a representation is computed from
-    "mel": mel_segments,
-    "mfcc": lambda wave: mfcc(wave)[None],
-    "chroma": lambda wave: chroma(wave)[None],
-    "power": lambda wave: wave.double().square().mean()[None, None],  # tells silence
-}
+HAND_MADE = {"mfcc": mfcc, "chroma": chroma}
 
 
-class Representation(NamedTuple):
-    """What turns sound into features, and under which name they and the results are kept."""
+@dataclass
+class Features:
+    """A task's clips as one encoder describes them."""
 
-    encoder: Myna | str  # or one of INPUTS, which is then the representation
-    name: str = ""
-    key: str = ""  # tells this encoder from all others of its name
-    folder: Path | None = None  # for results, and for the features, which are kept there; None: they are not kept
+    rows: dict  # name -> (n, F) or, corrupted, (n, V, F); a hybrid model has "square" and "vertical"
+    clip_index: torch.Tensor  # (n,) long: number of the clip in the task that a row belongs to
+    labels: list  # one a clip; None for a clip that cannot be read
+    skipped: list  # [path, reason] of the clips that cannot be read
 
 
-def _clip_inputs(clip, kinds, versions):
-    """In a worker: one clip decoded, and each version of it transformed. Returns ({kind: (rows, V, ...)}, labels), or the
-    reason why it could not be read."""
+def embed_task(task, encoders, corrupt=None, device="cpu", workers=None, cache=None, label="embedding"):
+    """Features of a task's clips.
+
+    `encoders` is a Myna, which gives a row for each segment, or "mfcc", "chroma" or a function(wave) -> (F,),
+    which give a row for each clip. With several, {name: encoder}, each clip is decoded once and the result is
+    {name: Features}. `corrupt(wave, clip)` returns V versions of a wave; a clip then has one row (V, F), the
+    mean over its segments. Decoding, `corrupt` and functions run in worker processes, which must be able to
+    import them. `cache` {name: (path, key)} keeps Features in files; the key must be different for different
+    encoders of one path. Raises ValueError if no clip can be read.
+    """
+    if not isinstance(encoders, dict):
+        return embed_task(task, {"": encoders}, corrupt, device, workers, label=label)[""]
+    cache = {} if corrupt or cache is None else cache
+    fingerprints = {name: fingerprint(task, key) for name, (_, key) in cache.items()}
+    found = {name: read_features(path, fingerprints[name]) for name, (path, _) in cache.items()}
+    new = {name: HAND_MADE.get(e, e) for name, e in encoders.items() if found.get(name) is None}
+    if new:
+        found |= _embed(task, new, corrupt, device, workers, label)
+    for name in new.keys() & cache.keys():
+        path, _ = cache[name]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"fingerprint": fingerprints[name], **vars(found[name])}, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), path)
+    return {name: found[name] for name in encoders}
+
+
+def _embed(task, encoders, corrupt, device, workers, label):
+    """`embed_task` for {name: a Myna or a function}, without the cache."""
+    function_of = {name: mel_segments if isinstance(e, Myna) else e for name, e in encoders.items()}
+    functions = list(dict.fromkeys(function_of.values()))  # each once: all models share the mel segments
+    labels, skipped = [], []
+    features = {name: Features({}, [], labels, skipped) for name in encoders}
+    batch, size = {}, 0  # {clip number: {function: (V, n, ...)}}, and how many rows they have
+
+    def encode_batch():
+        for name, encoder in encoders.items():
+            inputs = {number: arrays[function_of[name]] for number, arrays in batch.items()}
+            _add_rows(features[name], encoder, inputs, bool(corrupt), device)
+        batch.clear()
+
+    jobs = ((clip, functions, corrupt) for clip in task.clips)
+    results = tqdm(in_workers(_describe, jobs, workers or CORES), label, len(task.clips), unit="clip")
+    for number, (clip, (arrays, own_labels, reason)) in enumerate(zip(task.clips, results)):
+        if reason:
+            labels.append(None)
+            skipped.append([str(clip.path), reason])
+            continue
+        labels.append(own_labels[task.name.removeprefix("synth-")] if own_labels else clip.label)
+        batch[number] = {function: torch.from_numpy(array) for function, array in zip(functions, arrays)}
+        size += max(array.shape[0] * array.shape[1] for array in arrays)
+        if size >= 1024:
+            encode_batch()
+            size = 0
+    if len(skipped) == len(labels):
+        raise ValueError(f"{task.name}: no clip could be read; the first: {skipped[0][1]}")
+    if batch:
+        encode_batch()
+    for found in features.values():
+        found.rows = {name: torch.cat(rows) for name, rows in found.rows.items()}
+        found.clip_index = torch.tensor(found.clip_index)
+    return features
+
+
+def _describe(clip, functions, corrupt):
+    """In a worker process: one clip as each function describes each version of it.
+
+    Returns (a list of arrays (V, n, ...), labels, None), or (None, None, the reason why it cannot be read).
+    """
     try:
         wave, labels = load_clip(clip)
     except ValueError as error:
-        return str(error)
-    waves = versions(wave, clip) if versions else [wave]
-    return {kind: np.stack([INPUTS[kind](wave).numpy() for wave in waves], axis=1) for kind in kinds}, labels
+        return None, None, str(error)
+    waves = corrupt(wave, clip) if corrupt else [wave]
+    arrays = []
+    for function in functions:
+        arrays.append(torch.stack([torch.atleast_2d(function(wave)) for wave in waves]).numpy())
+    return arrays, labels, None
 
 
-def in_workers(function, jobs, workers=None):
-    """function(*job) for each of the jobs, in order, computed in processes some way ahead of the caller."""
-    pool = data.start_workers(workers or CORES)
-    try:
-        futures = (pool.submit(function, *job) for job in jobs)
-        pending = deque(itertools.islice(futures, 64))
-        while pending:
-            try:
-                result = pending.popleft().result()
-            except BrokenProcessPool as error:
-                raise ValueError("a decoding process died: out of memory, or of a file it could not stand") from error
-            pending.extend(itertools.islice(futures, 1))
-            yield result
-    finally:  # when interrupted, without waiting for what is pending
-        pool.shutdown(wait=False, cancel_futures=True)
+def _add_rows(features, encoder, inputs, corrupted, device):
+    """Encode inputs {clip number: (V, n, ...)}; append n rows a clip to `features`, or one if corrupted."""
+    if isinstance(encoder, Myna):
+        encoded = encode(encoder, list(inputs.values()), device)
+    else:
+        encoded = {encoder.__name__: list(inputs.values())}
+    for name, clips in encoded.items():
+        rows = [x.mean(dim=1)[None] if corrupted else x[0] for x in clips]  # (1, V, F) or (n, F)
+        features.rows.setdefault(name, []).extend(rows)
+    for number, x in inputs.items():
+        features.clip_index += [number] * (1 if corrupted else x.shape[1])
+
+
+def encode(model, clips, device="cpu"):
+    """Segments of several clips, each (V, n, 128, 96) -> {patch: [(V, n, D) of each clip]} on the CPU."""
+    model.to(device)
+    mel = torch.cat([clip.flatten(0, 1) for clip in clips])
+    parts = mel.split(64 if torch.device(device).type == "cpu" else 1024)
+
+    def embed(part):
+        return [model.embed(part.to(device), patch).cpu() for patch in model.patches]
+
+    encoded = {}
+    for patch, vectors in zip(model.patches, zip(*on_each_core(embed, parts, device=device))):
+        rows = torch.cat(vectors).split([clip.shape[:2].numel() for clip in clips])
+        encoded[patch] = [x.unflatten(0, clip.shape[:2]) for x, clip in zip(rows, clips)]
+    return encoded
 
 
 def on_each_core(function, *jobs, device="cpu"):
-    """[function(*job) for job in zip(*jobs)], on a CPU side by side in threads that share the cores.
+    """[function(*job) for job in zip(*jobs)], on a CPU in threads that share the cores.
 
-    Small products gain more from a core to themselves than from all cores on each of them.
+    Small matrix products gain more from one core for each of them than from all cores for one.
     """
     cores = torch.get_num_threads()
     threads = min(cores, len(jobs[0])) if torch.device(device).type == "cpu" else 1
@@ -584,109 +821,44 @@ def on_each_core(function, *jobs, device="cpu"):
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-@dataclass
-class Features:
-    """What a representation makes of a task's clips: rows of numbers, and which clip each row came from."""
-
-    rows: dict  # name -> (n, F), or (n, V, F) of V versions; a hybrid model gives "square" and "vertical"
-    owner: torch.Tensor  # (n,) long: number of the clip in the task
-    labels: list  # of every clip, None for one that could not be read
-    left_out: list  # [path, reason] of those
-
-
-def embed_task(task, encoder, device="cpu", workers=None):
-    """Features of a task's clips: `encoder` is a Myna (a row a segment), "mfcc" or "chroma" (a row a clip). Returns Features."""
-    return embed_all(task, [Representation(encoder)], device, workers)[0]
+def fingerprint(task, key):
+    """SHA-1 of what decides a task's features: the encoder's key, the front end, the clips and files."""
+    clips = []
+    for clip in task.clips:
+        clips.append([str(clip.path), clip.offset, clip.duration, str(clip.label)])
+        if isinstance(clip.path, Path) and clip.path.exists():
+            clips[-1] += [clip.path.stat().st_mtime_ns, clip.path.stat().st_size]
+    if isinstance(task.clips[0].path, tuple):  # embedded music: the first clip stands for how it is made
+        clips.append(hashlib.sha1(load_clip(task.clips[0])[0].numpy().tobytes()).hexdigest())
+    settings = [task.name, key, SAMPLE_RATE, N_FFT, data.HOP, data.N_MELS, data.FRAMES, clips]
+    return hashlib.sha1(json.dumps(settings).encode()).hexdigest()
 
 
-def embed_all(task, representations, device="cpu", workers=None, versions=None, bar=None):
-    """Features of a task for several representations, each clip decoded once. Returns a list of Features.
-
-    Decoding runs in worker processes ahead of the encoders. A representation with a folder has its features kept there, under
-    a fingerprint of the task and of the encoder, and read back when both are the same. `versions(wave, clip)`, which worker
-    processes must be able to import, makes several waves of one, for instance with noise; their features are not kept.
-    """
-    changed = {c.path: os.path.getmtime(c.path) for c in task.clips if isinstance(c.path, Path) and c.path.exists()}
-    clips = [[str(c.path), c.offset, c.duration, str(c.label), changed.get(c.path)] for c in task.clips]
-    code = hashlib.sha1(b"".join(Path(module.__file__).read_bytes() for module in (data, sys.modules[Myna.__module__])))
-    code.update(Path(__file__).read_bytes())  # who changes a formula gets new features
-    found, fresh = [], []
-    for encoder, name, key, folder in representations:
-        cache = folder / f"features_{task.name}_{name}.pt" if folder and not versions else None
-        fingerprint = hashlib.sha1(json.dumps([task.name, key, code.hexdigest(), clips]).encode()).hexdigest()
-        try:
-            kept = read_checkpoint(cache) if cache and cache.exists() else {}
-        except ValueError:  # cut short: made anew
-            kept = {}
-        if kept.pop("fingerprint", None) == fingerprint:
-            found.append(Features(**kept))
-            tqdm.write(f"features from {cache}")
-            continue
-        is_model = isinstance(encoder, Myna)
-        if is_model:
-            encoder.to(device)
-        found.append(Features({name: [] for name in (encoder.patches if is_model else [encoder])}, [], [], []))
-        fresh.append((encoder, "mel" if is_model else encoder, found[-1], cache, fingerprint))
-    if not fresh:
-        return found
-
-    kinds = {kind for _, kind, *_ in fresh}
-    waiting = []  # inputs of clips, until they make a batch
-
-    def encode():
-        for encoder, kind, features, *_ in fresh:
-            batch = torch.from_numpy(np.concatenate([inputs[kind] for inputs in waiting]))  # (rows, V, ...)
-            for name, rows in features.rows.items():
-                if kind == "mel":
-                    embed = lambda part: encoder.embed(part.to(device), name).cpu()
-                    parts = batch.flatten(0, 1).split(64 if torch.device(device).type == "cpu" else 1024)
-                    vectors = torch.cat(on_each_core(embed, parts, device=device))
-                    rows.append(vectors.unflatten(0, batch.shape[:2]))
-                else:
-                    rows.append(batch)
-        waiting.clear()
-
-    jobs = ((clip, kinds, versions) for clip in task.clips)
-    with nullcontext(bar) if bar else tqdm(total=len(task.clips), desc=f"{task.name}: embedding", unit="clip") as bar:
-        for number, (clip, result) in enumerate(zip(task.clips, in_workers(_clip_inputs, jobs, workers))):
-            bar.update()
-            readable = not isinstance(result, str)
-            for _, kind, features, *_ in fresh:
-                if readable:
-                    label = result[1][task.name.removeprefix("synth-")] if result[1] else clip.label
-                    features.owner.extend([number] * len(result[0][kind]))
-                else:
-                    features.left_out.append([str(clip.path), result])
-                features.labels.append(label if readable else None)
-            if readable:
-                waiting.append(result[0])
-            if sum(max(array.shape[0] * array.shape[1] for array in inputs.values()) for inputs in waiting) >= 1024:
-                encode()
-        if waiting:
-            encode()
-    for *_, features, cache, fingerprint in fresh:
-        if not features.owner:
-            raise ValueError(f"{task.name}: not one clip could be read; the first: {features.left_out[0][1]}")
-        features.owner = torch.tensor(features.owner)
-        for name, rows in features.rows.items():
-            rows = torch.cat(rows)  # (n, V, F)
-            features.rows[name] = rows if versions else rows[:, 0]
-        if cache:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.save({"fingerprint": fingerprint, **vars(features)}, cache.with_suffix(".part"))
-            os.replace(cache.with_suffix(".part"), cache)
-    return found
+def read_features(path, expected):
+    """The Features in a file, or None if it is not there, is damaged or has another fingerprint."""
+    try:
+        kept = read_checkpoint(path)
+    except ValueError:
+        return None
+    if kept.pop("fingerprint", None) != expected:
+        return None
+    tqdm.write(f"features from {path}")
+    return Features(**kept)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The grid: many probes side by side
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The grid: many probes trained as one batch
+#
+# The weights of S probes of one shape are stacked, (S, in, out), and one batched product does the work of S
+# small ones. All probes get the same examples and the same random numbers for dropout. None depends on
+# another, so each ends as if it were trained alone.
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Configuration(NamedTuple):
     """One way of training a probe (Appendix C)."""
 
-    standardise: bool  # each feature to mean 0 and deviation 1 over the training split
+    standardise: bool  # each feature to mean 0 and standard deviation 1 over the training split
     hidden: tuple  # widths of hidden layers: () is the linear probe
     batch: int
     lr: float
@@ -700,165 +872,236 @@ GRID = [
         (False, True), ((), (512,)), (64, 256), (1e-5, 1e-4, 1e-3), (0.25, 0.5, 0.75), (0.0, 1e-4, 1e-3)
     )
 ]  # 216
-QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, those that are quick to train
-CACHE = 24 * 2**20  # bytes of a processor's cache that a stack of probes may fill
-LOOK, PATIENCE = 8, 256  # steps between looks at the validation split, and looks without a better one before a probe stops
+QUICK_GRID = [c for c in GRID if c.batch == 64 and c.lr == 1e-3 and c.l2 != 1e-4]  # 24, quick to train
+CACHE = 24 * 2**20  # bytes of a processor's cache that a batch of probes may fill
+CHECK = 8  # steps between validation checks
+PATIENCE = 256  # validation checks without a better score before a probe stops
 
 
 @dataclass
 class Probe:
-    """A trained probe: its configuration, what it reached on the validation split and when, and its weights."""
+    """A trained probe: its configuration, best validation score, and the step and weights of that score."""
 
     configuration: Configuration
     valid: float
     step: int
-    shift: torch.Tensor  # (F,) standardisation, 0 and 1 without
+    shift: torch.Tensor  # (F,) standardisation: 0 and 1 without
     scale: torch.Tensor
     layers: list  # of (weight (in, out), bias (out,))
 
     def __call__(self, x):
-        """Outputs for features: (n, F) -> (n, C), logits or values."""
+        """Outputs for features: (..., F) -> (..., C), logits or values."""
         x = (x - self.shift) * self.scale
         for weight, bias in self.layers[:-1]:
             x = F.relu(x @ weight + bias)
         return x @ self.layers[-1][0] + self.layers[-1][1]
 
 
-def probabilities(kind, outputs, owner=None, count=None):
-    """A probe's outputs (..., n, C) as what is scored; with `owner` (n,) averaged over the rows of each of `count` owners."""
-    if kind in ("classes", "key"):
-        outputs = outputs.softmax(dim=-1)
-    elif kind == "tags":
-        outputs = outputs.sigmoid()
-    if owner is None:
-        return outputs
-    total = outputs.new_zeros(*outputs.shape[:-2], count, outputs.shape[-1]).index_add_(-2, owner, outputs)
-    return total / total.new_zeros(count, 1).index_add_(0, owner, total.new_ones(len(owner), 1))  # bincount: a GPU would wait
+@dataclass
+class ProbeBatch:
+    """S probes of one shape while they train. The first axis of every tensor belongs to the probes."""
+
+    number: torch.Tensor  # (S,) long: which of the configurations
+    input_group: torch.Tensor  # (S,) long, ascending: which of the G inputs of `Inputs`
+    lr: torch.Tensor  # (S, 1, 1), and so are the next two
+    dropout: torch.Tensor
+    l2: torch.Tensor
+    weights: list  # for each layer a weight (S, in, out) and a bias (S, 1, out)
+    exp_avg: list  # Adam's running mean of the gradient of each of the weights
+    exp_avg_sq: list  # and of its square
+    best_weights: list
+    best_score: torch.Tensor  # (S,) float64, on the validation split
+    best_step: torch.Tensor  # (S,) long
 
 
-def _input_of(configuration):
-    """What decides which input a probe is trained on."""
+@dataclass
+class Inputs:
+    """What the probes are trained and checked on. G groups differ in standardisation or dropout."""
+
+    shift: torch.Tensor  # (2, F): as they are, standardised
+    scale: torch.Tensor  # (2, F)
+    train: torch.Tensor  # (2, n, F)
+    valid: torch.Tensor  # (G, n, F)
+    standardised: torch.Tensor  # (G,) long, 0 or 1
+    dropout: torch.Tensor  # (G, 1, 1)
+    group_sizes: list  # how many probes still train on each of the G
+
+
+def _input_group(configuration):
     return configuration.standardise, configuration.dropout
 
 
-def fit_grid(configurations, train, valid, kind, outputs, seed=0, steps=None, progress=None):
-    """Train every configuration as it would train alone, those of one batch size and shape side by side. A Probe for each.
+def fit_grid(
+    configurations, train, valid, kind, outputs, seed=0, patience=PATIENCE, steps=None, progress=None
+):
+    """Train a probe for each configuration as it would train alone. Returns a list of Probe.
 
-    `train` is (features (n, F), targets); `valid` too, or (features, targets, owner, count): then rows are scored by the mean
-    over each of `count` owners. `outputs` is the number of classes, tags or targets. Early stopping as in Castellon et al.: the
-    primary metric on the validation split, every 8 steps from step 0 on, 256 looks of patience, best weights kept.
-    `steps` ends all after so many steps instead (to measure speed). `progress(n)` is told when n probes have stopped.
+    `train` is (features (n, F), targets (n, ...)). `valid` is the same or (features, targets, target_index
+    (n,)): then the mean output of all rows of a target is scored. `outputs` is the number of classes, tags or
+    values. Early stopping as in Castellon et al.: the primary metric on the validation split every 8 steps
+    from step 0 on; a probe stops after `patience` checks without a better score and keeps its best weights.
+    With `steps` all stop after so many steps, without any check (to measure speed). `progress(n)` is called
+    when n probes have stopped.
     """
     probes = [None] * len(configurations)
-    for batch, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
-        chosen = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch, hidden)]
-        chosen.sort(key=lambda i: _input_of(configurations[i]))  # those that share an input are neighbours
+    for batch_size, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
+        same = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch_size, hidden)]
+        same.sort(key=lambda i: _input_group(configurations[i]))  # probes that share an input are neighbours
         values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
-        # On a CPU a stack's weights, gradients and Adam's means should stay in the cache; a GPU takes them all at once.
-        width = len(chosen) if train[0].is_cuda else max(1, CACHE // (16 * values))
-        for at in range(0, len(chosen), width):
-            some = chosen[at : at + width]
-            stack = [configurations[i] for i in some]
-            for i, fitted in zip(some, _fit_stack(stack, train, valid, kind, outputs, seed, steps, progress)):
-                probes[i] = fitted
+        # On a CPU a batch's weights, gradients and Adam averages should fit into the cache.
+        width = len(same) if train[0].is_cuda else max(1, CACHE // (16 * values))
+        for numbers in (same[first : first + width] for first in range(0, len(same), width)):
+            batch = [configurations[i] for i in numbers]
+            fitted = _fit_batch(batch, train, valid, kind, outputs, seed, patience, steps, progress)
+            for i, probe in zip(numbers, fitted):
+                probes[i] = probe
     return probes
 
 
-def _fit_stack(configurations, train, valid, kind, outputs, seed, steps, progress):
-    """Probes of one batch size and shape, as one batched model of S members, sorted by `_input_of`."""
-    (x, y), (valid_x, valid_y, *owner) = train[:2], valid
-    device, n = x.device, len(x)
-    batch, hidden = min(configurations[0].batch, n), configurations[0].hidden
-    generator = torch.Generator(device).manual_seed(seed)
-    column = lambda name: torch.tensor([getattr(c, name) for c in configurations], device=device).float()[:, None, None]
-    lr, l2, dropout, alive = column("lr"), column("l2"), column("dropout"), list(range(len(configurations)))
-
-    # The inputs that differ: standardised or not, and for training with each dropout
-    deviation = x.std(dim=0, correction=0)
-    shift = torch.stack([torch.zeros_like(deviation), x.mean(dim=0)])
-    scale = torch.stack([torch.ones_like(deviation), 1 / deviation.where(deviation > 0, 1.0)])
-    train_x = (x - shift[:, None]) * scale[:, None]  # (2, n, F)
-    kinds = sorted({_input_of(c) for c in configurations})
-    flags = torch.tensor([flag for flag, _ in kinds], device=device).long()
-    rates = torch.tensor([rate for _, rate in kinds], device=device)[:, None, None]
-    members = [sum(_input_of(c) == kind for c in configurations) for kind in kinds]  # how many share each input
-    which = torch.arange(len(kinds)).repeat_interleave(torch.tensor(members)).to(device)
-    look_x = (valid_x - shift[flags, None]) * scale[flags, None]  # (kinds, n, F)
-
-    # Every member begins with the same weights, torch's own for a linear layer, and draws the same batches and dropout
-    layers = []
-    for a, b in itertools.pairwise((x.shape[1], *hidden, outputs)):
-        draw = (torch.rand(a + 1, b, generator=generator, device=device) * 2 - 1) / math.sqrt(a)
-        layers += [draw[:-1].expand(len(configurations), -1, -1).clone(), draw[-1:].expand(len(configurations), -1, -1).clone()]
-    first, second = [torch.zeros_like(w) for w in layers], [torch.zeros_like(w) for w in layers]
-    best = [w.clone() for w in layers]
-    best_score = torch.full((len(configurations),), -torch.inf, device=device, dtype=torch.float64)
-    best_step = torch.zeros(len(configurations), dtype=torch.long, device=device)
-    done = [None] * len(configurations)
-
-    def forward(inputs, drop):  # (kinds, B, F) -> (S, B, C)
-        if not hidden:  # linear probes are narrow: all that share an input are one product with their weights side by side
-            wide = [x @ w.transpose(0, 1).flatten(1) for x, w in zip(inputs, layers[0].split(members))]  # (B, members * C)
-            return torch.cat([z.unflatten(1, (-1, outputs)).transpose(0, 1) for z in wide if z.shape[1]]) + layers[1]
-        inputs = inputs[which]  # (S, B, F)
-        for weight, bias in zip(layers[:-2:2], layers[1:-2:2]):
-            inputs = torch.baddbmm(bias, inputs, weight).relu()
-            if drop:
-                uniform = torch.rand(inputs.shape[1:], generator=generator, device=device)
-                inputs = inputs * ((uniform >= dropout) / (1 - dropout))
-        return torch.baddbmm(layers[-1], inputs, layers[-2])
-
+def _fit_batch(configurations, train, valid, kind, outputs, seed, patience, steps, progress):
+    """Train probes of one shape and batch size, sorted by `_input_group`, until the last one has stopped."""
+    x, y = train
+    generator = torch.Generator(x.device).manual_seed(seed)
+    inputs = _prepare_inputs(configurations, x, valid[0])
+    probes = _start_probes(configurations, x, outputs, generator)
+    finished = [None] * len(configurations)
     for step in itertools.count():
-        if step % LOOK == 0 and steps is None:
-            with torch.no_grad():
-                score = primary_score(kind, valid_y, probabilities(kind, forward(look_x, False), *owner))
-                better = (score > best_score) & (step - best_step <= PATIENCE * LOOK)
-                best_score, best_step = torch.where(better, score, best_score), best_step.where(~better, step)
-                for kept, weight in zip(best, layers):
-                    torch.where(better[:, None, None], weight, kept, out=kept)
-        # Who has lost patience is asked at every eighth look only, for a GPU would wait for the answer.
-        stopped = torch.zeros(0)
+        stop = torch.zeros(len(probes.number), dtype=torch.bool)
         if step == steps:
-            stopped, best = torch.ones(len(alive), dtype=torch.bool, device=device), [w.detach() for w in layers]
-        elif steps is None and step % (8 * LOOK) == 0:
-            stopped = step - best_step >= PATIENCE * LOOK
-        if stopped.any():
-            for member in stopped.nonzero()[:, 0].tolist():
-                c = configurations[alive[member]]
-                parts = [w[member].clone() for w in best]
-                pairs = [(weight, bias[0]) for weight, bias in zip(parts[::2], parts[1::2])]
-                valid_score, at = float(best_score[member]), int(best_step[member])
-                done[alive[member]] = Probe(c, valid_score, at, shift[int(c.standardise)], scale[int(c.standardise)], pairs)
+            probes.best_weights = probes.weights
+            stop = ~stop
+        elif steps is None and step % CHECK == 0:
+            _validation_check(probes, inputs, valid, kind, step, patience)
+            if step % (8 * CHECK) == 0:  # not at every check, because a GPU waits for the answer
+                stop = (step - probes.best_step >= patience * CHECK).cpu()
+        if stop.any():
+            for s in stop.nonzero()[:, 0].tolist():
+                number = int(probes.number[s])
+                finished[number] = _finished_probe(configurations[number], probes, s, inputs)
             if progress:
-                progress(int(stopped.sum()))
-            stay = (~stopped).nonzero()[:, 0]
-            if not len(stay):
-                return done
-            alive = [alive[i] for i in stay.tolist()]
-            members = [sum(_input_of(configurations[i]) == kind for i in alive) for kind in kinds]
-            which, lr, l2, dropout = (t[stay] for t in (which, lr, l2, dropout))
-            best_score, best_step = best_score[stay], best_step[stay]
-            layers, first, second, best = ([w[stay].detach() for w in ws] for ws in (layers, first, second, best))
+                progress(int(stop.sum()))
+            if stop.all():
+                return finished
+            _keep_probes(probes, inputs, (~stop).nonzero()[:, 0].to(x.device))
+        rows = torch.randperm(len(x), generator=generator, device=x.device)[: configurations[0].batch]
+        _adam_step(probes, inputs, rows, y[rows], kind, step, generator)
 
-        rows = torch.randperm(n, generator=generator, device=device)[:batch]
-        uniform = torch.rand(batch, x.shape[1], generator=generator, device=device)  # one draw for all dropout rates
-        inputs = train_x[:, rows][flags] * ((uniform >= rates) / (1 - rates))  # (kinds, B, F)
-        for w in layers:
-            w.requires_grad_()
-        loss = probe_loss(kind, forward(inputs, True), y[rows])
-        gradients = torch.autograd.grad(loss, layers)
-        first_bias, second_bias = 1 - 0.9 ** (step + 1), (1 - 0.999 ** (step + 1)) ** 0.5
-        with torch.no_grad():  # Adam, with L2 in the gradient as torch's weight_decay has it; no new memory, which would cost more
-            for w, g, m, v in zip(layers, gradients, first, second):
-                g.addcmul_(w, l2)
-                m.lerp_(g, 0.1)
-                v.mul_(0.999).addcmul_(g, g, value=0.001)
-                torch.sqrt(v, out=g).add_(1e-8 * second_bias).mul_(first_bias / second_bias / -lr)  # in the gradient's place
-                w.addcdiv_(m, g)
+
+def _prepare_inputs(configurations, x, valid_x):
+    """Standardise both splits by the training split, and find the G different inputs that are needed."""
+    std = x.std(dim=0, correction=0)
+    shift = torch.stack([torch.zeros_like(std), x.mean(dim=0)])
+    scale = torch.stack([torch.ones_like(std), 1 / std.where(std > 0, 1.0)])
+    groups = sorted({_input_group(c) for c in configurations})
+    standardised = torch.tensor([int(flag) for flag, _ in groups], device=x.device)
+    dropout = torch.tensor([rate for _, rate in groups], device=x.device)[:, None, None]
+    train = (x - shift[:, None]) * scale[:, None]
+    valid = (valid_x - shift[standardised, None]) * scale[standardised, None]
+    group_sizes = [sum(_input_group(c) == group for c in configurations) for group in groups]
+    return Inputs(shift, scale, train, valid, standardised, dropout, group_sizes)
+
+
+def _start_probes(configurations, x, outputs, generator):
+    """All probes start from the same weights, uniform as torch initialises a linear layer."""
+    count, device = len(configurations), x.device
+
+    def column(name):
+        return torch.tensor([getattr(c, name) for c in configurations], device=device).float()[:, None, None]
+
+    weights = []
+    for a, b in itertools.pairwise((x.shape[1], *configurations[0].hidden, outputs)):
+        uniform = (torch.rand(a + 1, b, generator=generator, device=device) * 2 - 1) / math.sqrt(a)
+        weights.append(uniform[:-1].expand(count, -1, -1).clone())
+        weights.append(uniform[-1:].expand(count, -1, -1).clone())
+    groups = sorted({_input_group(c) for c in configurations})
+    return ProbeBatch(
+        number=torch.arange(count, device=device),
+        input_group=torch.tensor([groups.index(_input_group(c)) for c in configurations], device=device),
+        lr=column("lr"),
+        dropout=column("dropout"),
+        l2=column("l2"),
+        weights=weights,
+        exp_avg=[torch.zeros_like(w) for w in weights],
+        exp_avg_sq=[torch.zeros_like(w) for w in weights],
+        best_weights=[w.clone() for w in weights],
+        best_score=torch.full((count,), -torch.inf, dtype=torch.float64, device=device),
+        best_step=torch.zeros(count, dtype=torch.long, device=device),
+    )
+
+
+def _forward(probes, inputs, group_sizes, generator=None):
+    """Outputs (S, B, C) of all probes for inputs (G, B, F). A generator adds dropout after hidden layers."""
+    *hidden, weight, bias = probes.weights
+    if hidden:
+        x = inputs[probes.input_group]  # (S, B, F)
+        for w, b in zip(hidden[::2], hidden[1::2]):
+            x = torch.baddbmm(b, x, w).relu()
+            if generator:
+                uniform = torch.rand(x.shape[1:], generator=generator, device=x.device)  # one draw for all
+                x = x * ((uniform >= probes.dropout) / (1 - probes.dropout))
+        return torch.baddbmm(bias, x, weight)
+    # A linear probe is narrow. The weights of all that share an input, side by side, make one wide matrix.
+    outputs = []
+    for x, w in zip(inputs, weight.split(group_sizes)):  # (B, F), (probes of the group, F, C)
+        wide = x @ w.transpose(0, 1).flatten(1)  # (B, probes of the group * C)
+        outputs.append(wide.unflatten(1, (len(w), w.shape[2])).transpose(0, 1))
+    return torch.cat(outputs) + bias
+
+
+def _adam_step(probes, inputs, rows, targets, kind, step, generator):
+    """One step of every probe on the examples `rows` (B,). L2 is part of the gradient, as in torch."""
+    uniform = torch.rand(len(rows), inputs.train.shape[2], generator=generator, device=rows.device)
+    keep = (uniform >= inputs.dropout) / (1 - inputs.dropout)  # (G, B, F): one draw for all rates
+    for w in probes.weights:
+        w.requires_grad_()
+    x = inputs.train[:, rows][inputs.standardised] * keep
+    outputs = _forward(probes, x, inputs.group_sizes, generator)
+    gradients = torch.autograd.grad(probe_loss(kind, outputs, targets), probes.weights)
+    correction = 1 - 0.9 ** (step + 1)  # for the zeros that both averages start from
+    correction_sq = (1 - 0.999 ** (step + 1)) ** 0.5
+    with torch.no_grad():  # in place: memory for new tensors would cost more time than the sums
+        state = zip(probes.weights, gradients, probes.exp_avg, probes.exp_avg_sq)
+        for w, gradient, exp_avg, exp_avg_sq in state:
+            gradient.addcmul_(w, probes.l2)
+            exp_avg.lerp_(gradient, 0.1)
+            exp_avg_sq.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+            # w -= lr * (exp_avg / correction) / (sqrt(exp_avg_sq) / correction_sq + 1e-8)
+            denominator = torch.sqrt(exp_avg_sq, out=gradient).add_(1e-8 * correction_sq)
+            w.addcdiv_(exp_avg, denominator.mul_(correction / correction_sq / -probes.lr))
+
+
+@torch.no_grad()
+def _validation_check(probes, inputs, valid, kind, step, patience):
+    """Score all probes on the validation split, and copy the weights of those that are better than before."""
+    _, targets, *target_index = valid
+    outputs = _forward(probes, inputs.valid, inputs.group_sizes)
+    outputs = probabilities(kind, outputs, *target_index, count=len(targets))
+    score = primary_score(kind, targets, outputs)
+    better = (score > probes.best_score) & (step - probes.best_step <= patience * CHECK)
+    probes.best_score = torch.where(better, score, probes.best_score)
+    probes.best_step = probes.best_step.where(~better, step)
+    for best, w in zip(probes.best_weights, probes.weights):
+        torch.where(better[:, None, None], w, best, out=best)
+
+
+def _finished_probe(configuration, probes, s, inputs):
+    """Probe number `s` of a batch as a `Probe`, with its best weights."""
+    weights = [w[s].detach().clone() for w in probes.best_weights]
+    layers = [(weight, bias[0]) for weight, bias in zip(weights[::2], weights[1::2])]
+    shift, scale = inputs.shift[int(configuration.standardise)], inputs.scale[int(configuration.standardise)]
+    return Probe(configuration, float(probes.best_score[s]), int(probes.best_step[s]), shift, scale, layers)
+
+
+@torch.no_grad()
+def _keep_probes(probes, inputs, keep):
+    """Remove all probes but those at the places `keep` (long) from a batch."""
+    for name, value in list(vars(probes).items()):
+        setattr(probes, name, [w[keep] for w in value] if isinstance(value, list) else value[keep])
+    inputs.group_sizes = torch.bincount(probes.input_group, minlength=len(inputs.standardised)).tolist()
 
 
 def probe_loss(kind, outputs, targets):
-    """The sum over the stack of each member's mean loss: outputs (S, B, C), targets (B,) or (B, C). Members do not mix."""
+    """The sum over the probes of each one's mean loss: outputs (S, B, C), targets (B,) or (B, C)."""
     targets = targets.expand(len(outputs), *targets.shape)
     if kind in ("classes", "key"):
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="sum") / outputs.shape[1]
@@ -867,283 +1110,430 @@ def probe_loss(kind, outputs, targets):
     return (outputs - targets).square().sum() / outputs[0].numel()
 
 
-def bootstrap(kind, targets, outputs, metric, resamples=1000, seed=0):
-    """95% interval of a metric over resampled test clips: (low, high). Leading axes of `outputs` are averaged over."""
+def probabilities(kind, outputs, target_index=None, count=None):
+    """A probe's outputs (..., n, C) as they are scored: softmax, sigmoid, or values.
+
+    With `target_index` (n,), their mean over the rows of each of `count` targets: (..., count, C).
+    """
+    if kind in ("classes", "key"):
+        outputs = outputs.softmax(dim=-1)
+    elif kind == "tags":
+        outputs = outputs.sigmoid()
+    if target_index is None:
+        return outputs
+    return mean_rows(outputs.movedim(-2, 0), target_index, count).movedim(0, -2)
+
+
+def mean_rows(rows, index, count):
+    """The mean of the rows (n, ...) that have each index 0 ... count - 1: (count, ...)."""
+    total = rows.new_zeros(count, *rows.shape[1:]).index_add_(0, index, rows)
+    sizes = rows.new_zeros(count).index_add_(0, index, rows.new_ones(len(rows)))  # bincount makes a GPU wait
+    return total / sizes.view(-1, *[1] * (rows.ndim - 1))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The protocol: fit on train, choose on valid, score once on test
+# ----------------------------------------------------------------------------------------------------------
+
+
+def readable_clips(task, features, split):
+    """Numbers of the clips of one split that could be read. Raises ValueError if there is none."""
+    pairs = enumerate(zip(task.clips, features.labels))
+    numbers = [i for i, (clip, label) in pairs if clip.split == split and label is not None]
+    if not numbers:
+        raise ValueError(f"{task.name}: no clip of the {split} split could be read")
+    return numbers
+
+
+def split_rows(task, features, split, rows, per_segment=False):
+    """One split of a representation's `rows` (n, ...): (x, targets, target_index).
+
+    x has a row for each clip, the mean of its segments, or with `per_segment` a row for each segment. There
+    is a target for each clip, or for each song if the task scores songs (giantsteps). target_index[i] is the
+    number of x[i]'s target. A clip whose split has another name is not used. Raises ValueError if no clip can
+    be read, or if no tag can be scored.
+    """
+    numbers = readable_clips(task, features, split)
+    place = torch.full((len(task.clips),), -1)
+    place[numbers] = torch.arange(len(numbers))
+    clip_index = place[features.clip_index]
+    x, clip_index = rows[clip_index >= 0], clip_index[clip_index >= 0]
+    if not per_segment:
+        x, clip_index = mean_rows(x, clip_index, len(numbers)), torch.arange(len(numbers))
+
+    targets = torch.stack([torch.as_tensor(features.labels[i]) for i in numbers])
+    targets = targets.float() if task.kind in ("tags", "regression") else targets.long()
+    if task.kind == "tags" and split != "train" and (targets == targets[0]).all():
+        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, nothing to score")
+    scored = [task.clips[i].group if task.per_group else i for i in numbers]  # songs or clips
+    first = {}
+    for n, song in enumerate(scored):
+        first.setdefault(song, n)  # the clip that a song has its label from
+    target_of = {song: n for n, song in enumerate(first)}
+    target_of_clip = torch.tensor([target_of[song] for song in scored])
+    return x, targets[list(first.values())], target_of_clip[clip_index]
+
+
+def fit_probes(
+    task, features, rows, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE, progress=None
+):
+    """A probe for each configuration of `grid` on a representation's `rows` (n, F), and the best on valid."""
+    x, targets, target_index = split_rows(task, features, "train", rows, per_segment)
+    train = x.to(device), targets[target_index].to(device)
+    valid = [part.to(device) for part in split_rows(task, features, "valid", rows, per_segment)]
+    probes = fit_grid(grid, train, valid, task.kind, len(task.names), seed, patience, progress=progress)
+    return probes, max(probes, key=lambda probe: probe.valid)
+
+
+def fit_all(task, jobs, per_segment=False, seed=0, device="cpu", patience=PATIENCE):
+    """`fit_probes` for jobs {name: (features, rows, grid)}, one on each CPU core: {name: (probes, best)}."""
+    with tqdm(total=sum(len(grid) for _, _, grid in jobs.values()), desc="probes", unit="probe") as bar:
+
+        def fit(name):
+            return fit_probes(task, *jobs[name], per_segment, seed, device, patience, bar.update)
+
+        def cost(name):
+            _, rows, grid = jobs[name]
+            return sum(rows.shape[1] * (1 + sum(c.hidden)) for c in grid)
+
+        names = sorted(jobs, key=cost, reverse=True)  # the longest first, so that no core waits at the end
+        fitted = dict(zip(names, on_each_core(fit, names, device=device)))
+    return {name: fitted[name] for name in jobs}
+
+
+def predict(task, features, rows, probe, per_segment=False, device="cpu"):
+    """A probe's output for the test split: (targets (n, ...), outputs (n, C) float64, groups (n,)).
+
+    Rows (n, V, F) of V corrupted versions give outputs (V, n, C). `groups` has the number of each target's
+    song.
+    """
+    x, targets, target_index = split_rows(task, features, "test", rows, per_segment)
+    outputs = probe(x.to(device)).cpu().double().movedim(0, -2)
+    groups = [task.clips[i].group for i in readable_clips(task, features, "test")]
+    if task.per_group:
+        groups = list(dict.fromkeys(groups))
+    number = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+    groups = torch.tensor([number[group] for group in groups])
+    return targets, probabilities(task.kind, outputs, target_index, len(targets)), groups
+
+
+def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
+    """95% interval of the primary metric on the test split, (low, high). Scores of leading axes are averaged.
+
+    Groups (songs) are drawn with replacement, with all their clips. Clips of one song are not independent, so
+    an interval over clips would be too narrow. `groups` (n,) is the group of each target, 0, 1, ...; None:
+    all differ.
+    """
+    groups = torch.arange(len(targets)) if groups is None else groups
+    members = groups.argsort(stable=True).split(torch.bincount(groups).tolist())
     generator = torch.Generator().manual_seed(seed)
-    n = len(targets)
-    score = primary_score if metric == METRICS[kind][0] else lambda *arguments: evaluate(*arguments)[metric]
     scores = []
     for _ in range(resamples):
-        rows = torch.randint(n, (n,), generator=generator)
-        scores.append(float(score(kind, targets[rows], outputs[..., rows, :]).mean()))
+        drawn = torch.randint(len(members), (len(members),), generator=generator)
+        rows = torch.cat([members[group] for group in drawn.tolist()])
+        scores.append(float(primary_score(kind, targets[rows], outputs[..., rows, :]).mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
 
 
-def split_rows(task, features, split, rows, per_segment=False):
-    """One split as `fit_grid` takes it: (x, y), x being clips' means, or with `per_segment` their segments.
-
-    Valid and test: (x, y, owner, count), y having an entry for each of `count` owners, clips, or songs where the task scores
-    songs (giantsteps). Raises ValueError for a split in which nothing can be read or scored.
-    """
-    ids = [i for i, clip in enumerate(task.clips) if clip.split == split and features.labels[i] is not None]
-    if not ids:
-        raise ValueError(f"{task.name}: no clip of the {split} split could be read")
-    place = torch.full((len(task.clips),), -1)
-    place[ids] = torch.arange(len(ids))
-    here = place[features.owner] >= 0
-    x, clip = rows[here], place[features.owner[here]]  # the segments of this split, and the clip of each
-    if not per_segment:
-        x = torch.zeros(len(ids), x.shape[1]).index_add_(0, clip, x) / torch.bincount(clip)[:, None]
-        clip = torch.arange(len(ids))
-    y = torch.stack([torch.as_tensor(features.labels[i]) for i in ids])
-    y = y.float() if task.kind in ("tags", "regression") else y.long()
-    if split == "train":
-        return x, y[clip]
-    if task.kind == "tags" and not (y.mean(dim=0) * (1 - y.mean(dim=0))).any():
-        raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, so that nothing can be scored on them")
-    groups = [task.clips[i].group if task.per_group else i for i in ids]
-    first = {}
-    for n, group in enumerate(groups):
-        first.setdefault(group, n)  # the clip that a song has its label from
-    number = {group: n for n, group in enumerate(first)}
-    return x, y[list(first.values())], torch.tensor([number[group] for group in groups])[clip], len(number)
+def score_test(task, targets, outputs, groups):
+    """Of what `predict` returns: {metric: score}, the primary metric's 95% interval, what was resampled."""
+    clips = Counter(clip.group for clip in task.clips if clip.split == "test")
+    unit = "songs" if max(clips.values()) > 1 else "clips"
+    return evaluate(task.kind, targets, outputs), bootstrap(task.kind, targets, outputs, groups), unit
 
 
-def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", progress=None):
-    """Probes of one representation, its `rows` (n, F): one for each configuration of `grid`, and the best on validation."""
-    train, valid = (split_rows(task, features, split, rows, per_segment) for split in ("train", "valid"))
-    train, valid = ([(t.to(device) if torch.is_tensor(t) else t) for t in part] for part in (train, valid))
-    probes = fit_grid(grid, train, valid, task.kind, len(task.names), seed, progress=progress)
-    return probes, max(probes, key=lambda probe: probe.valid)
+def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu", patience=PATIENCE):
+    """The whole protocol for one task and one encoder's features. Returns the results as a plain dict.
 
-
-def predict(task, features, rows, probe, per_segment=False, device="cpu"):
-    """Targets of the test split, and what a probe says of it: probabilities or values, float64."""
-    x, y, *owner = split_rows(task, features, "test", rows, per_segment)
-    return y, probabilities(task.kind, probe(x.to(device)).cpu().double(), *owner)
-
-
-def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
-    """The whole protocol for one task and the representations in `features`. Returns the results as a plain dict.
-
-    A hybrid model is probed three ways, square, vertical and both side by side, and goes on with the one that does best on the
-    validation split (section 4.3). The winner of all configurations alone sees the test split.
+    A hybrid model is probed three ways: square, vertical and both side by side (section 4.3). The best of all
+    configurations of all three on the validation split, and no other, is scored on the test split.
     """
     rows = dict(features.rows)
     if len(rows) == 2:
         rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
-    with tqdm(total=len(grid) * len(rows), desc=f"{task.name}: probes", unit="probe") as bar:
-        fit = lambda x: fit_probes(task, features, x, grid, per_segment, seed, device, bar.update)
-        longest = sorted(rows, key=lambda name: -rows[name].shape[1])  # first, so that no core waits for it at the end
-        found = dict(zip(longest, on_each_core(fit, [rows[name] for name in longest], device=device)))
-    fitted = {name: found[name] for name in rows}
+    jobs = {name: (features, x, grid) for name, x in rows.items()}
+    fitted = fit_all(task, jobs, per_segment, seed, device, patience)
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
-    y, predicted = predict(task, features, rows[name], winner, per_segment, device)
-    test = {metric: float(score) for metric, score in evaluate(task.kind, y, predicted).items()}
-    counts = Counter(clip.split for i, clip in enumerate(task.clips) if features.labels[i] is not None)
+    targets, outputs, groups = predict(task, features, rows[name], winner, per_segment, device)
+    scores, interval, unit = score_test(task, targets, outputs, groups)
+    counts = Counter(clip.split for clip, label in zip(task.clips, features.labels) if label is not None)
     results = {
         "task": task.name,
         "representation": name,
         "clips": {split: counts[split] for split in SPLITS},
-        "incomplete": bool(task.missing or features.left_out),
+        "incomplete": bool(task.missing or features.skipped),
         "missing": task.missing,
-        "left_out": features.left_out,
+        "skipped": features.skipped,
         "valid": {name: best.valid for name, (_, best) in fitted.items()},
-        "test": test,
-        "interval": bootstrap(task.kind, y, predicted, METRICS[task.kind][0]),
+        "test": {metric: float(score) for metric, score in scores.items()},
+        "interval": interval,
+        "interval_over": unit,
         "winner": winner.configuration._asdict(),
-        "grid": {name: [[*p.configuration, p.valid, p.step] for p in probes] for name, (probes, _) in fitted.items()},
+        "grid": {},
         "names": list(task.names),
     }
+    for name, (probes, _) in fitted.items():
+        results["grid"][name] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
     if task.kind in ("classes", "key"):
         count = len(task.names)
-        pairs = y * count + predicted.argmax(dim=1)
-        results["confusion"] = torch.bincount(pairs, minlength=count**2).view(count, count).tolist()  # rows: the truth
+        pairs = torch.bincount(targets * count + outputs.argmax(dim=1), minlength=count**2)
+        results["confusion"] = pairs.view(count, count).tolist()  # rows: the truth
     elif task.kind == "tags":
-        each = {metric.__name__: metric(y, predicted, False).tolist() for metric in (roc_auc, average_precision)}
-        results["per_tag"] = {name: [None if math.isnan(v) else v for v in values] for name, values in each.items()}
+        results["per_tag"] = {}
+        for metric in (roc_auc, average_precision):
+            values = metric(targets, outputs, average=False).tolist()
+            results["per_tag"][metric.__name__] = [None if math.isnan(value) else value for value in values]
     elif len(task.names) > 1:
-        results["test"] |= {f"r2 {n}": float(score) for n, score in zip(task.names, r2(y, predicted, False))}
+        for target, score in zip(task.names, r2(targets, outputs, average=False)):
+            results["test"][f"r2 {target}"] = float(score)
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
+# The command line
+# ----------------------------------------------------------------------------------------------------------
 
 
-def newest_checkpoint():
-    """The checkpoint under runs/ that was written last."""
+class Encoder(NamedTuple):
+    """An encoder as a command line names it, and where its features and results are kept."""
+
+    name: str
+    encoder: Myna | str
+    key: str  # tells it from all others of its name
+    folder: Path
+
+    def cache(self, task):
+        """The file of its features and its key, as `embed_task` takes them."""
+        return self.folder / f"features_{task.name}_{self.name}.pt", self.key
+
+
+BASELINES = Path("runs/baselines")  # results of encoders without a checkpoint
+
+
+def open_checkpoint(path=None, patch=None):
+    """The model in a checkpoint, or the newest under runs/, and its path; (None, None) if there is none."""
+    if path:
+        return load_model(path, patch), Path(path)
     found = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
     if not found:
-        raise ValueError("there is no checkpoint under runs/: `python train.py --demo` makes one, --checkpoint names one elsewhere")
-    return found[-1]
+        return None, None
+    try:
+        return load_model(found[-1], patch), found[-1]
+    except ValueError as error:
+        raise ValueError(f"{error}. It is the newest under runs/; --checkpoint names another one") from error
 
 
-BASELINES = Path("runs/baselines")  # for representations that no checkpoint stands behind
+def choose_encoders(names, args, size=None):
+    """Encoders by name: "checkpoint", "random", "mfcc" or "chroma". Prints a line about each model."""
+    return [_choose_encoder(name, args.checkpoint, args.patch, size, args.seed or 0) for name in names]
 
 
-def hand_made(name):
-    """MFCC or chroma."""
-    return Representation(name, name, "1", BASELINES)
-
-
-def untrained(config, seed):
-    """The encoder of that shape with random weights."""
-    torch.manual_seed(seed)
+def _choose_encoder(name, path, patch, size, seed):
+    if name in HAND_MADE:
+        return Encoder(name, name, "1", BASELINES)
+    if name == "checkpoint":
+        model, path = open_checkpoint(path, patch)
+        if model is None:
+            advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
+            raise ValueError(f"there is no checkpoint under runs/: {advice}")
+        stored = read_checkpoint(path)
+        progress = ""
+        if {"step", "settings"} <= stored.keys():
+            progress = f", after step {stored['step']} of {stored['settings']['steps']}"
+        print(f"checkpoint {path}: {model.config.size}, {model.config.patch}{progress}")
+        folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
+        return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
+    given = path not in (None, "random")
+    model, path = open_checkpoint(path if given else None, patch if given else None)
+    config = model.config if model else Config("tiny", "hybrid")
+    config = replace(config, size=size or config.size, patch=patch or config.patch)
     name = f"random-{config.size}-{config.patch}{'-log' if config.log_mel else ''}"
-    return Representation(Myna(config).eval(), name, f"{name} {seed}", BASELINES)
-
-
-def trained(path, patch=None):
-    """The encoder in a checkpoint; None: in the newest one."""
-    path = Path(path) if path else newest_checkpoint()
-    model = load_model(path, patch)
-    print(f"checkpoint {path}: {model.config.size}, {model.config.patch}")
-    folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem  # a run's own folder, wherever it lies
-    return Representation(model, model.config.patch, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
-
-
-def choose_representation(args):
-    """What --checkpoint and --features name."""
-    if args.features and args.checkpoint:
-        raise ValueError("--features or --checkpoint: a representation is one or the other")
-    if args.features:
-        return hand_made(args.features)
-    if args.checkpoint == "random":
-        return untrained(Config(args.size, args.patch or "hybrid"), args.seed)
-    return trained(args.checkpoint, args.patch)
+    print(f"random weights: {name}" + (f", settings of {path} where not given" if model else ""))
+    torch.manual_seed(seed)
+    return Encoder(name, Myna(config).eval(), f"{config}, seed {seed}", BASELINES)
 
 
 def embed_files(sources, out, model, per_segment, device, workers):
-    """--embed: vectors of files, or of all below folders, as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
-    paths, out = [], Path(out)
-    if out.is_dir():
-        raise ValueError(f"--out {out}: there is a folder of that name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    """--embed: vectors of files and folders as an .npz of `vectors`, `paths` and, by segment, `seconds`."""
+    paths = []
     for source in map(Path, sources):
         if not source.exists():
             raise ValueError(f"{source}: there is no such file or folder")
-        paths += [source / name for name in data._walk(source)] if source.is_dir() else [source]
+        paths += [source / name for name in audio_files(source)] if source.is_dir() else [source]
     if not paths:
-        raise ValueError("no audio files there")
+        raise ValueError(f"no audio files in {', '.join(sources)}")
+    if out.is_dir():
+        raise ValueError(f"--out {out}: there is a folder of that name")
     clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
-    features = embed_task(Task("files", "classes", (), clips, (), []), model, device, workers)
-    vectors = torch.cat(list(features.rows.values()), dim=1)
-    owner = features.owner
+    features = embed_task(Task("files", "classes", (), clips, (), []), model, device=device, workers=workers)
+    vectors, index = torch.cat(list(features.rows.values()), dim=1), features.clip_index
+    used, counts = index.unique_consecutive(return_counts=True)
     if per_segment:
-        numbers = torch.cat([torch.arange(int(count)) for count in torch.bincount(owner)])  # of a segment in its file
-        extra = {"seconds": (numbers * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
+        number = torch.cat([torch.arange(count) for count in counts.tolist()])  # of a segment in its file
+        columns = {"seconds": (number * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
     else:
-        used, owner = owner.unique(return_inverse=True)
-        vectors = torch.zeros(len(used), vectors.shape[1]).index_add_(0, owner, vectors) / torch.bincount(owner)[:, None]
-        owner, extra = used, {}
+        vectors = torch.stack([rows.mean(dim=0) for rows in vectors.split(counts.tolist())])
+        index, columns = used, {}
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "wb") as file:
-        np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in owner]), **extra)
+        np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in index]), **columns)
     os.replace(f"{out}.part", out)
-    print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers from {len(paths) - len(features.left_out)} files")
-    for path, reason in features.left_out:
-        print(f"  left out: {reason}")
+    print(f"{out}: {len(vectors)} vectors of {vectors.shape[1]} numbers from {len(used)} files")
+    for _, reason in features.skipped:
+        print(f"  skipped: {reason}")
 
 
-def command_line():
-    """The parser of the command line."""
-    parser = argparse.ArgumentParser(description="Probe what a frozen encoder knows, or just write its embeddings.")
-    tasks = "gtzan, mtt, giantsteps, emomusic, synth-{key,style,tags,mood}, or a labels.csv (default: %(default)s)"
-    parser.add_argument("--task", default="synth-key", help=tasks)
-    parser.add_argument("--data", help="folder of the data set (default: datasets/TASK)")
-    parser.add_argument("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
-    parser.add_argument("--check", action="store_true", help="read labels and files, count them, and stop")
-    parser.add_argument("--checkpoint", help="of train.py or the authors', or 'random' (default: the newest under runs/)")
-    parser.add_argument("--patch", choices=[*PATCHES, "hybrid"], help="of --checkpoint random, or of a released file")
-    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="of --checkpoint random (default: %(default)s)")
-    parser.add_argument("--features", choices=["mfcc", "chroma"], help="a hand-made representation instead of an encoder")
-    parser.add_argument("--per-segment", action="store_true", help="train on segments, average predictions, as the authors do")
-    parser.add_argument("--grid", choices=["full", "quick"], help="216 or 24 configurations (default: full, quick for synth-*)")
-    parser.add_argument("--seed", type=int, default=0, help="of the probes and of random weights (default: %(default)s)")
-    parser.add_argument("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
-    parser.add_argument("--out", default="vectors.npz", help="for --embed (default: %(default)s)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=CORES, help="decoding processes (default: %(default)s)")
-    return parser
-
-
-def check(task):
-    """--check: what the splits hold, against the published numbers."""
-    print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {', '.join(task.names[:5])}{', ...' if len(task.names) > 5 else ''}")
+def print_counts(task):
+    """--check: the clips of each split, beside the published numbers."""
+    names = ", ".join(task.names[:5]) + (", ..." if len(task.names) > 5 else "")
+    print(f"{task.name}: {task.kind}, {len(task.names)} outputs: {names}")
     counts = Counter(clip.split for clip in task.clips)
     for split in SPLITS:
         published = f"   published {task.published[split]:6,}" if task.published else ""
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
-    print(f"  {len(task.missing):,} files that the labels name are missing{': ' * bool(task.missing)}{', '.join(task.missing[:5])}")
+    missing = ": " + ", ".join(task.missing[:5]) if task.missing else ""
+    print(f"  {len(task.missing):,} files that the labels name are missing{missing}")
+
+
+def print_results(results):
+    """The results of `probe_task` as a table."""
+    clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
+    quick = results["grid_name"] == "quick"
+    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
+    print(f"\n{results['task']} with {results['model']}: {clips} clips, {tried}")
+    primary = next(iter(results["test"]))
+    for name, score in results["valid"].items():
+        chosen = len(results["valid"]) > 1 and name == results["representation"]
+        mark = "  <- goes on to the test split" if chosen else ""
+        print(f"  valid  {primary:<20} {score:7.1%}   {name}{mark}")
+    low, high = results["interval"]
+    for metric, score in results["test"].items():
+        interval = f"   95% interval over {results['interval_over']}: {low:.1%} to {high:.1%}"
+        print(f"  test   {metric:<20} {score:7.1%}{interval if metric == primary else ''}")
+    winner = dict(results["winner"])
+    hidden = winner.pop("hidden")
+    shape = f"MLP {'-'.join(map(str, hidden))}" if hidden else "linear"
+    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner.items()))
+    if results["incomplete"]:
+        missing, skipped = results["missing"], results["skipped"]
+        print(f"  INCOMPLETE: {len(missing)} files missing, {len(skipped)} clips unreadable")
+        for _, reason in skipped[:10]:
+            print(f"    {reason}")
+
+
+def command_line():
+    """The parser of the options that are probe.py's alone."""
+    parser = argparse.ArgumentParser(description="Probe a frozen encoder, or just write its embeddings.")
+    option = parser.add_argument
+    option("--check", action="store_true", help="read labels and files, count them, and stop")
+    option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
+    option("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
+    option("--per-segment", action="store_true", help="train on segments, average outputs, as the authors do")
+    option("--grid", choices=["full", "quick"], help="216 or 24 probes (default: full; for synth-* quick)")
+    option("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
+    option("--out", help="for --embed (default: vectors.npz)")
+    return parser
+
+
+def unused_options(args):
+    """For `run_command`: (whether this mode was chosen, its name, the options that it does not use)."""
+    of_encoders = ("checkpoint", "patch", "size", "per_segment")
+    random = args.checkpoint == "random"
+    return [
+        (args.embed, "--embed", ("task", "data", "kind", "check", "features", "grid")),
+        (not args.embed, "a task", ("out",)),
+        (args.check, "--check", (*of_encoders, "features", "grid", "seed", "device", "workers")),
+        (args.features, f"--features {args.features}", of_encoders),
+        (not random, "the weights of a checkpoint", ("size",)),
+        (args.embed and not random, "--embed and the weights of a checkpoint", ("seed",)),
+    ]
+
+
+def run_command(parser, work, unused_options):
+    """Add the options that stages 4 and 5 share, read the command line, and run `work(args)`.
+
+    Options that the chosen mode does not use are refused. A mistake is one sentence and exit status 2.
+    """
+    option = parser.add_argument
+    option("--task", help=f"{', '.join((*DATASETS, *SYNTH))}, or a labels.csv (default: synth-key)")
+    option("--data", help="folder of the data set (default: datasets/TASK)")
+    option("--kind", choices=list(METRICS), help="of the task in a labels.csv (default: told by its columns)")
+    option("--checkpoint", help="file, or in probe.py 'random' (default: the newest under runs/)")
+    option("--patch", choices=[*PATCHES, "hybrid"], help="of a released checkpoint or of random weights")
+    option("--seed", type=int, help="of the probes and of random weights (default: 0)")
+    option("--device", help="(default: cuda if there is one, else cpu)")
+    option("--workers", type=int, help=f"decoding processes (default: {CORES})")
+    args = parser.parse_args()
+    try:
+        on_embedded_music = (args.task or "synth-key") in SYNTH, "the embedded music", ("data",)
+        for chosen, mode, options in [*unused_options(args), on_embedded_music]:
+            for name in options:
+                if chosen and getattr(args, name) is not parser.get_default(name):
+                    raise ValueError(f"--{name.replace('_', '-')} has no effect with {mode}: leave it out")
+        args.task = args.task or "synth-key"
+        args.seed = args.seed or 0
+        args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        args.workers = CORES if args.workers is None else args.workers
+        check_machine(args)
+        work(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{parser.prog}: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for what workers are in the middle of
 
 
 def check_machine(args):
-    """Raise ValueError for a --device or a number of --workers that is not to be had, before any work is done."""
+    """Raise ValueError for a --device or a number of --workers that cannot be used."""
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        cause = str(error).splitlines()[0]
+        raise ValueError(f"--device {args.device} cannot be used here: {cause}") from error
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: at least one process must decode")
 
 
 def probe(args):
     """What the command line asks for."""
-    check_machine(args)
-    if args.per_segment and args.features:
-        raise ValueError(f"--per-segment is for encoders; {args.features} describes a clip as a whole")
+    name = "random" if args.checkpoint == "random" else args.features or "checkpoint"
     if args.embed:
-        encoder = choose_representation(args).encoder
-        if not isinstance(encoder, Myna):
-            raise ValueError("--embed takes a --checkpoint, not --features")
-        return embed_files(args.embed, args.out, encoder, args.per_segment, args.device, args.workers)
+        model = choose_encoders([name], args, args.size)[0].encoder
+        out = Path(args.out or "vectors.npz")
+        return embed_files(args.embed, out, model, args.per_segment, args.device, args.workers)
     task = load_task(args.task, args.data, args.kind)
     if args.check:
-        return check(task)
-    representation = choose_representation(args)
-    name, folder = representation.name, representation.folder
-    features = embed_all(task, [representation], args.device, args.workers)[0]
-    quick = (args.grid or ("quick" if task.name.startswith("synth-") else "full")) == "quick"
-    results = probe_task(task, features, QUICK_GRID if quick else GRID, args.per_segment, args.seed, args.device)
-    grid = "quick" if quick else "full"
-    results |= {"model": name, "key": representation.key, "seed": args.seed, "grid_name": grid, "per_segment": args.per_segment}
-    path = folder / f"probe_{task.name}_{name}{'-segments' if args.per_segment else ''}.json"
+        return print_counts(task)
+    encoder = choose_encoders([name], args, args.size)[0]
+    name = encoder.name
+    cache = {name: encoder.cache(task)}
+    features = embed_task(task, {name: encoder.encoder}, None, args.device, args.workers, cache)[name]
+    usual = "quick" if task.name in SYNTH else "full"
+    chosen = args.grid or usual
+    grid = QUICK_GRID if chosen == "quick" else GRID
+    results = probe_task(task, features, grid, args.per_segment, args.seed, args.device)
+    results |= {"model": name, "key": encoder.key, "seed": args.seed, "grid_name": chosen}
+    results["per_segment"] = args.per_segment
+
+    parts = ["probe", task.name, name]  # what differs from the defaults is in the file's name
+    parts += [args.kind] if args.kind else []
+    parts += ["segments"] if args.per_segment else []
+    parts += [chosen] if chosen != usual else []
+    parts += [f"seed{args.seed}"] if args.seed else []
+    path = encoder.folder / f"{'_'.join(parts)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)
-
-    primary, (low, high) = METRICS[task.kind][0], results["interval"]
-    clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
-    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
-    print(f"\n{task.name} with {name}: {clips} clips, {tried}")
-    for representation, score in results["valid"].items():
-        chosen = len(results["valid"]) > 1 and representation == results["representation"]
-        mark = "  <- goes on to the test split" if chosen else ""
-        print(f"  valid  {primary:<20} {score:7.1%}   {representation}{mark}")
-    for metric, score in results["test"].items():
-        interval = f"   95% of resamples: {low:.1%} to {high:.1%}" if metric == primary else ""
-        print(f"  test   {metric:<20} {score:7.1%}{interval}")
-    winner = Configuration(**results["winner"])
-    shape = f"MLP {'-'.join(map(str, winner.hidden))}" if winner.hidden else "linear"
-    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner._asdict().items() if name != "hidden"))
-    if results["incomplete"]:
-        print(f"  INCOMPLETE: {len(task.missing)} files missing, {len(features.left_out)} clips unreadable")
-        for _, reason in features.left_out[:10]:
-            print(f"    {reason}")
+    print_results(results)
     print(f"  {path}")
 
 
 def main():
     """The command line."""
-    try:
-        probe(command_line().parse_args())
-    except (ValueError, OSError) as error:
-        print(f"probe.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nprobe.py: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for what workers are in the middle of
+    run_command(command_line(), probe, unused_options)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import pytest
 import soundfile
 import torch
 
+import data
 import noise_eval
 import probe
 from model import Config, Myna, save_model
 from noise_eval import add_white_noise, noise_check, noisy_versions, table
-from probe import Representation, load_task
+from probe import load_task
 
 ROOT = Path(__file__).parent.parent
 
@@ -24,7 +25,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- the noise -------------------------------------------------------------------------------------------------------
+# --- the noise ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("snr", [30, 20.0, 3.5, 0, -10])
@@ -32,7 +33,7 @@ def generator(seed=0):
 def test_measured_snr_is_the_asked_one(snr, scale, offset):
     wave = scale * torch.sin(torch.arange(1_000_000) * 0.05) + offset
     noise = add_white_noise(wave.double(), snr, generator()) - wave.double()
-    power = sum(float(x) ** 2 for x in wave.double()[:: len(wave) // 1000]) / 1000 if not scale else float(wave.double().square().mean())
+    power = float(wave.double().square().mean())
     measured = 10 * math.log10(power / float(noise.square().mean()))
     assert abs(measured - snr) < 0.05
     assert abs(float(noise.mean())) < 5 * float(noise.std()) / 1000  # no DC of its own
@@ -58,24 +59,37 @@ def test_silence_stays_and_nothing_is_clipped():
     assert torch.equal(add_white_noise(torch.zeros(1000), -10, generator()), torch.zeros(1000))
     loud = add_white_noise(torch.ones(10_000), 0, generator())
     assert loud.max() > 2.5 and loud.dtype == torch.float32
-    waves = torch.stack([torch.zeros(50_000), torch.full((50_000,), 0.5), torch.full((50_000,), 0.01)])  # each by its own power
+    waves = torch.stack([torch.full((50_000,), level) for level in (0, 0.5, 0.01)])  # each by its own power
     noise = add_white_noise(waves, 0, generator()) - waves
     assert np.allclose(noise.std(dim=1), [0, 0.5, 0.01], rtol=0.02)
 
 
-def test_a_clip_has_one_draw_for_all_levels_wherever_it_lies():
+def test_a_clip_has_one_draw_for_all_levels_wherever_the_data_set_lies():
     wave = torch.randn(8000, generator=generator(2)).double()
-    clip = probe.Clip(Path("/a/x.wav"), 3.0, None, 0, "test", "g")
-    first, second, third, fourth = noisy_versions(wave, clip, snrs=(20, 0), repeats=2)
-    assert torch.allclose(10 * (first - wave), second - wave) and torch.allclose(10 * (third - wave), fourth - wave)
+    clip = probe.Clip(Path("/a/01/x.wav"), 3.0, None, 0, "test", "g")
+    first, second, third, fourth = noisy_versions(wave, clip, "/a", snrs=(20, 0), repeats=2)
+    assert torch.allclose(10 * (first - wave), second - wave)
+    assert torch.allclose(10 * (third - wave), fourth - wave)
     correlation = torch.corrcoef(torch.stack([second - wave, fourth - wave]))[0, 1]
-    assert abs(float(correlation)) < 0.05  # draws are drawn apart
-    assert torch.equal(noisy_versions(wave, clip._replace(path=Path("/b/x.wav")), (20,), 1)[0], first)
-    for other in (clip._replace(offset=6.0), clip._replace(path=Path("y.wav")), clip._replace(path=(103, 4))):
-        assert not torch.equal(noisy_versions(wave, other, (20,), 1)[0], first)
+    assert abs(float(correlation)) < 0.05  # the draws differ
+    moved = clip._replace(path=Path("/b/01/x.wav"))
+    assert torch.equal(noisy_versions(wave, moved, "/b", (20,), 1)[0], first)
+    others = [clip._replace(offset=6.0), clip._replace(path=(103, 4))]
+    others += [clip._replace(path=Path(path)) for path in ("/a/01/y.wav", "/a/02/x.wav", "/a/x.wav")]
+    for other in others:
+        assert not torch.equal(noisy_versions(wave, other, "/a", (20,), 1)[0], first)
 
 
-# --- the check -------------------------------------------------------------------------------------------------------
+def test_the_folder_of_a_data_set(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths = ["set/a/01.wav", "set/b/01.wav", str(tmp_path / "set/b/c/02.wav")]
+    clips = [probe.Clip(Path(path), 0.0, None, 0, "test", path) for path in paths]
+    task = probe.Task("t", "classes", ("x",), clips, (), [])
+    assert noise_eval.common_folder(task) == str(tmp_path / "set")
+    assert noise_eval.common_folder(load_task("synth-key")) == ""
+
+
+# --- the check ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +110,7 @@ def labelled(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", autouse=True)
-def little_patience():
-    """Probes stop early here, and few settings are tried: what is tested is where the numbers come from."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe, "PATIENCE", 16)
-        patch.setattr(noise_eval, "QUICK_GRID", [c for c in probe.QUICK_GRID if c.l2 == 0 and c.dropout != 0.5])
-        yield
+GRID = [c for c in probe.QUICK_GRID if c.l2 == 0 and c.dropout != 0.5]
 
 
 @pytest.fixture(scope="module")
@@ -110,26 +118,44 @@ def checked(labelled):
     """The check on a random encoder, on chroma, and on an encoder that ignores its input."""
     task = load_task(labelled / "tones.csv")
     torch.manual_seed(0)
-    model, deaf = Myna(Config("tiny", "vertical")).eval(), Myna(Config("tiny", "vertical")).eval()
-    for weight in deaf.parameters():
+    model, constant = Myna(Config("tiny", "vertical")).eval(), Myna(Config("tiny", "vertical")).eval()
+    for weight in constant.parameters():
         weight.data.zero_()
-    representations = [Representation(model, "model"), Representation("chroma", "chroma"), Representation(deaf, "deaf")]
-    return task, representations, noise_check(task, representations, (10.0, -30.0), repeats=2, workers=2)
+    encoders = {"model": model, "chroma": "chroma", "constant": constant}
+    return task, encoders, noise_check(task, encoders, (10.0, -30.0), 2, GRID, workers=2, patience=16)
 
 
 def test_clean_scores_are_stage_4s(checked):
-    task, representations, results = checked
-    for representation in representations[:2]:
-        features = probe.embed_task(task, representation.encoder, workers=2)
-        for name, hidden in noise_eval.PROBES.items():
-            grid = [c._replace(hidden=hidden) for c in noise_eval.QUICK_GRID if bool(c.hidden) == bool(hidden)]
+    task, encoders, results = checked
+    rows = {(row["representation"], row["probe"]): row for row in results["scores"] if row["snr"] is None}
+    for name in ("model", "chroma"):
+        features = probe.embed_task(task, encoders[name], workers=2)
+        for probe_name, hidden in noise_eval.PROBES.items():
+            grid = [c._replace(hidden=hidden) for c in GRID if bool(c.hidden) == bool(hidden)]
             assert len(grid) == 4
-            expected = probe.probe_task(task, features, grid)
-            (row,) = [
-                row for row in results["scores"] if (row["representation"], row["probe"], row["snr"]) == (representation.name, name, None)
-            ]
-            assert row["accuracy"] == expected["test"]["accuracy"] and row["valid"] == expected["valid"][list(features.rows)[0]]
-            assert tuple(row["interval"]) == tuple(expected["interval"]) and row["configuration"] == expected["winner"]
+            expected = probe.probe_task(task, features, grid, patience=16)
+            row = rows[name, probe_name]
+            assert row["accuracy"] == expected["test"]["accuracy"]
+            assert row["valid"] == expected["valid"][list(features.rows)[0]]
+            assert tuple(row["interval"]) == tuple(expected["interval"])
+            assert row["configuration"] == expected["winner"]
+
+
+def test_noisy_scores_are_of_noisy_clips(checked):
+    """One probe and one level, clip by clip, with the noise added here."""
+    task, encoders, results = checked
+    features = probe.embed_task(task, encoders["model"], workers=1)
+    grid = [c for c in GRID if not c.hidden]
+    _, best = probe.fit_probes(task, features, features.rows["vertical"], grid, patience=16)
+    folder, draws = noise_eval.common_folder(task), [0, 0]
+    clips = [clip for clip in task.clips if clip.split == "test"]
+    for clip in clips:
+        wave = probe.load_clip(clip)[0]
+        for draw, noisy in enumerate(noisy_versions(wave, clip, folder, (-30.0,), 2)):
+            vector = encoders["model"].embed(data.mel_segments(noisy)).mean(dim=0)
+            draws[draw] += int(best(vector).argmax() == clip.label)
+    rows = {(row["representation"], row["probe"], row["snr"]): row for row in results["scores"]}
+    assert rows["model", "linear", -30.0]["draws"] == pytest.approx([right / len(clips) for right in draws])
 
 
 def test_drops(checked):
@@ -139,9 +165,11 @@ def test_drops(checked):
     rows = {(row["representation"], row["probe"], row["snr"]): row for row in results["scores"]}
     for probe_name in noise_eval.PROBES:
         for snr in (10.0, -30.0):
-            assert rows["deaf", probe_name, snr]["drop"] == 0 == rows["deaf", probe_name, snr]["drop_percent"]
+            constant = rows["constant", probe_name, snr]
+            assert constant["drop"] == 0 == constant["drop_percent"]
             assert len(rows["model", probe_name, snr]["draws"]) == 2
-        assert rows["chroma", probe_name, None]["accuracy"] > 0.6 and rows["chroma", probe_name, -30.0]["drop"] > 0.05
+        assert rows["chroma", probe_name, None]["accuracy"] > 0.6
+        assert rows["chroma", probe_name, -30.0]["drop"] > 0.05
         for name in ("model", "chroma"):
             row, clean = rows[name, probe_name, -30.0], rows[name, probe_name, None]
             assert row["accuracy"] == pytest.approx(sum(row["draws"]) / 2)
@@ -150,17 +178,21 @@ def test_drops(checked):
 
 
 def test_table_names_everything_once(checked):
-    lines = table(checked[2]).splitlines()
-    assert [line.split()[0] for line in lines if line and not line.startswith(" ")] == ["tones,", "linear", "MLP", "MLP"]
+    text = table(checked[2])
+    lines = text.splitlines()
+    heads = [line.split()[0] for line in lines if line and not line.startswith(" ")]
+    assert heads == ["tones,", "linear", "MLP", "MLP"]
     assert sum(line.startswith("  -30 dB") for line in lines) == 3
-    assert max(map(len, lines)) < 150
+    assert "95% interval over clips" in text and max(map(len, lines)) < 150
 
 
 def test_no_percentage_of_a_score_below_zero():
     y, far = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[[9.0], [9.0], [0.0]]])
-    found = noise_eval.scored("regression", "r2", y, far, clean=-1.0)
+    clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [0.0], "test", str(i)) for i in range(3)]
+    task, groups = probe.Task("t", "regression", ("x",), clips, ("r2",), []), torch.arange(3)
+    found = noise_eval.summary(task, y, far, groups, clean=-1.0)
     assert found["drop_percent"] is None and found["drop"] > 0
-    found = noise_eval.scored("regression", "r2", y, y[None] + 0.1, clean=1.0)
+    found = noise_eval.summary(task, y, y[None] + 0.1, groups, clean=1.0)
     assert found["drop_percent"] == pytest.approx(100 * 3 * 0.01 / 2)
 
 
@@ -169,17 +201,44 @@ def test_command_line(labelled, monkeypatch, capfd):
     (labelled / "bad.wav").write_text("no sound")
     rows = (labelled / "tones.csv").read_text()
     (labelled / "flawed.csv").write_text(rows + "\nbad.wav,low,train\ngone.wav,high,test\n")
-    arguments = ["--task", "flawed.csv", "--snr", "5", "5", "-5", "--representations", "checkpoint", "random", "--workers", "2"]
-    monkeypatch.setattr(sys, "argv", ["noise_eval.py", *arguments])
     monkeypatch.setattr(noise_eval, "PROBES", {"linear": (), "MLP 8": (8,)})
-    noise_eval.main()
-    said = capfd.readouterr()
-    assert "random-tiny-hybrid" in said.out and "no noise was added: 4" in said.out and "runs/small/noise_flawed.json" in said.out
-    results = json.loads((labelled / "runs/small/noise_flawed.json").read_text())
-    assert "1 files missing, 1 clips unreadable" in said.out and "  gone.wav" in said.out and "bad.wav: not sound" in said.out
+    monkeypatch.setattr(noise_eval, "QUICK_GRID", GRID[::2])
+    arguments = ["--task", "flawed.csv", "--representations", "checkpoint", "random", "--workers", "2"]
+
+    def run(*more):
+        monkeypatch.setattr(sys, "argv", ["noise_eval.py", *arguments, *more])
+        noise_eval.main()
+        return capfd.readouterr()
+
+    said = run("--snr", "5", "5", "-5")
+    path = "runs/small/noise_flawed_hybrid_random-tiny-hybrid_snr5,-5.json"
+    assert path in said.out and "no noise was added: 4" in said.out
+    results = json.loads((labelled / path).read_text())
+    assert "1 files missing, 1 clips unreadable" in said.out and "  gone.wav" in said.out
+    assert "bad.wav: not sound" in said.out
     assert results["incomplete"] and results["missing"] == ["gone.wav"] and results["seed"] == 0
-    assert results["snrs"] == [5, -5] and {row["representation"] for row in results["scores"]} == {"hybrid", "random-tiny-hybrid"}
-    assert {text.split(":")[0] for text in said.err.split("\r") if ":" in text} == {"clean sound", "noisy sound", "probes"}
+    names = {"hybrid", "random-tiny-hybrid"}
+    assert results["snrs"] == [5, -5] and set(results["keys"]) == names
+    assert {row["representation"] for row in results["scores"]} == names
+    bars = {text.split(":")[0] for text in said.err.split("\r") if ":" in text}
+    assert bars == {"clean sound", "noisy sound", "probes"}
+    assert (results["repeats"], results["kind"], results["metric"]) == (1, "classes", "accuracy")
+
+
+def test_result_names():
+    parser = noise_eval.command_line()
+    task, four = load_task("synth-key"), ("hybrid", "random", "mfcc", "chroma")
+    for arguments, encoders, seed, kind, name in (
+        ("", four, 0, None, "noise_synth-key.json"),
+        ("--snr 0", four, 0, None, "noise_synth-key.json"),
+        ("--sweep --repeat 3", four, 0, None, "noise_synth-key_sweep_x3.json"),
+        ("--snr 2.5 -10", four, 7, "key", "noise_synth-key_key_snr2.5,-10_seed7.json"),
+        ("--snr 0", ("mfcc",), 0, None, "noise_synth-key_mfcc.json"),
+    ):
+        args = parser.parse_args(arguments.split())
+        args.seed, args.kind = seed, kind
+        snrs = list(noise_eval.SWEEP) if args.sweep else args.snr or [0.0]
+        assert noise_eval.result_name(args, task, snrs, encoders) == name
 
 
 @pytest.mark.parametrize(
@@ -193,6 +252,8 @@ def test_command_line(labelled, monkeypatch, capfd):
         (["--task", "gtzan"], "Where to get it"),
         (["--sweep", "--snr", "7"], "not allowed with"),
         (["--snr", "loud"], "invalid float value: 'loud'"),
+        (["--representations", "mfcc", "--patch", "square"], "--patch has no effect with hand-made"),
+        (["--data", "."], "--data has no effect with the embedded music"),
     ],
 )
 def test_mistakes_are_one_sentence(labelled, arguments, sentence):
