@@ -1319,7 +1319,7 @@ def test_results(task, features, targets, outputs, groups):
 
 ADAPT_BATCH = 16
 ADAPT_CHECKS = 20  # validation checks in a run
-ADAPT_PATIENCE = 5  # checks without a better score before the run stops
+ADAPT_PATIENCE = 8  # checks without a better score before the run stops
 ADAPT_STEPS = 2000  # the paper has 25,000 and 75,000
 
 
@@ -1430,11 +1430,12 @@ def fit_classifier(task, features, network, lr, steps, seed):
         schedule.step()
 
         if step % check_every == 0 or step == steps:
+            loss = loss.item()
             if not math.isfinite(loss):
-                raise ValueError(f"the loss of step {step} is {float(loss)}: try a smaller --lr than {lr}")
+                raise ValueError(f"the loss of step {step} is {loss}: try a smaller --lr than {lr}")
             score = validation_score(task.kind, network, mel, *valid)
-            log.append([step, float(loss), score])
-            bar.set_postfix(loss=f"{float(loss):.3f}", valid=f"{score:.3f}")
+            log.append([step, loss, score])
+            bar.set_postfix(loss=f"{loss:.3f}", valid=f"{score:.3f}")
             if score > best_score:
                 best_weights = [parameter.detach().clone() for parameter in trained]
                 best_step, best_score = step, score
@@ -1797,7 +1798,7 @@ def probe(args):
     network = None
     if args.labels:
         table = few_labels(task, features.labels, args.labels, train, args.repeat or 4, args.seed)
-        results = {"task": task.name, "metric": task.metrics[0], "method": args.adapt, "labels": table}
+        results = {"task": task.name, "metric": primary_metric(task.kind), "method": args.adapt, "labels": table}
         results |= {"missing": task.missing, "skipped": features.skipped}
     else:
         results, network = train(task, args.seed)
