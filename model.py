@@ -4,7 +4,7 @@ Input: B segments of mel power, (B, 128, 96): 128 mel bands by 96 frames (data.p
 Output: one vector for each segment.
 
 In training, 43 of a segment's 48 patches are dropped before anything is computed (section 3.2 of the paper).
-The loss pulls the two views of a piece together and pushes all other pieces away (section 3.1). After
+The loss pulls the two views of a clip together and pushes all other clips away (section 3.1). After
 training the projector is dropped, and `embed` uses every patch. The encoder is a SimpleViT (section 3.4). A
 hybrid model has one tokenizer for each of the two patch shapes and shares the encoder and the projector
 (section 3.5).
@@ -16,8 +16,8 @@ Where this differs from the paper or from the authors' released code:
 - the loss is InfoNCE, as in the paper; their code trains with SogCLR, a moving-average variant of it
 - every model sees 96 frames, 48 patches; their vertical model alone is trained on 98 frames, 49 patches
 - the projector has two layers, D -> D -> 128; its sizes are not published
-- data.py makes the spectrogram of a whole clip and cuts segments out of that; Algorithm 1 cuts the sound
-  first, so that a segment's outermost frames are computed from mirrored sound, not from the sound beside it
+- data.py makes the spectrogram of a whole clip and cuts segments out of it. Algorithm 1 cuts the waveform
+  first: its STFT mirrors the sound at the edges of each segment. Here it sees the sound beside the segment
 """
 
 import copy
@@ -81,9 +81,9 @@ def keep_tokens(batch, n_tokens, mask_ratio, generator=None, device=None):
 def sincos_2d(height, width, dim):
     """Fixed position embedding of a grid of patches: (height * width, dim), rows in the order of `patchify`.
 
-    A quarter of the columns each: sin(x w), cos(x w), sin(y w), cos(y w), where x is the time index, y the
-    frequency index, and w falls geometrically from 1 to 1/10000 (SimpleViT; Beyer et al. 2022).
-    Raises ValueError unless `dim` is a multiple of 4 and at least 8.
+    The columns are four groups of equal size: sin(x w), cos(x w), sin(y w), cos(y w), where x is the time
+    index, y the frequency index, and w (omega) falls geometrically from 1 to 1/10000 (SimpleViT; Beyer et
+    al. 2022). Raises ValueError unless `dim` is a multiple of 4 and at least 8.
     """
     if dim % 4 or dim < 8:
         raise ValueError(f"a position embedding of width {dim}: it must be a multiple of 4, at least 8")
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a model; a checkpoint holds them as a plain dict. ValueError for unknown names."""
+    """The settings of a model; a checkpoint holds them as a plain dict. ValueError for unknown values."""
 
     size: str = "vit-s"  # a name in SIZES
     patch: str = "hybrid"  # "square", "vertical", or "hybrid" for both
@@ -187,8 +187,11 @@ class Myna(nn.Module):
         self.transformer = Transformer(dim, depth, heads, hidden)
         self.projector = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, config.projection))
 
-    def tokenize(self, mel, patch, kept=None):
-        """Tokens with their positions: (B, 128, 96) -> (B, K, D), of the patches `kept` (B, K) or of all."""
+    def embed_patches(self, mel, patch, kept=None):
+        """The encoder's input: (B, 128, 96) -> (B, K, D), a token for each patch, of `kept` (B, K) or of all.
+
+        Raises ValueError for segments of another shape.
+        """
         if mel.shape[1:] != (MEL_BANDS, FRAMES):
             expected = f"expected segments (B, {MEL_BANDS}, {FRAMES})"
             raise ValueError(f"{expected}, found {tuple(mel.shape)}: data.segments cuts them")
@@ -206,8 +209,8 @@ class Myna(nn.Module):
         return self.to_patch_embedding[patch](patches) + position  # (B, K, D)
 
     def tokens(self, mel, patch, kept=None):
-        """The encoder's output tokens: (B, 128, 96) -> (B, K, D), for the patches `kept` (B, K) or all."""
-        return self.transformer(self.tokenize(mel, patch, kept))
+        """The encoder's output: (B, 128, 96) -> (B, K, D), a token for each of the patches `kept` or all."""
+        return self.transformer(self.embed_patches(mel, patch, kept))
 
     def forward(self, mel, patch, mask_ratio=0.9, kept=None):
         """The vectors that the loss compares, one for each view: (B, 128, 96) -> (B, projection).
@@ -239,15 +242,15 @@ class Myna(nn.Module):
 def info_nce(z1, z2, temperature=0.1, decoupled=False, anchors=None):
     """The contrastive loss of B pairs of views, (B, d) each: a scalar, the mean over all 2B views as anchors.
 
-    With s(a, b) the cosine similarity over the temperature, and a' the other view of the piece of anchor a,
+    With s(a, b) the cosine similarity over the temperature, and a' the other view of the clip of anchor a,
 
         loss(a) = -log( exp s(a, a') / sum over b of exp s(a, b) )
 
     default    NT-Xent (SimCLR): b runs over all 2B - 1 views except a. Chance level: ln(2B - 1).
-    decoupled  as printed in section 3.1, with [j != i]: b runs over the 2B - 2 views of the other pieces, so
+    decoupled  as printed in section 3.1, with [j != i]: b runs over the 2B - 2 views of the other clips, so
                that the positive a' is missing in the denominator. Chance level: ln(2B - 2).
 
-    The paper prints the second form and says that it uses SimCLR's, the first. It has anchors of view 1
+    The paper's formula is the decoupled form, but its text names SimCLR's. Its formula has anchors of view 1
     only; here both views are anchors, in both forms. `anchors` selects some of the 2B views (default: all).
     Raises ValueError for a single pair, which has no negatives.
     """
@@ -293,7 +296,7 @@ def retrieval_accuracy(z1, z2):
 def spread(z):
     """How far vectors differ in direction: (n, d) -> scalar, from 0 (all equal: a collapse) to 1.
 
-    The root of the summed variances of their d numbers, each vector scaled to length 1.
+    The root of the summed variances of the d dimensions, each vector scaled to length 1. In log.jsonl: "std".
     """
     return F.normalize(z.float(), dim=1).var(dim=0, correction=0).sum().sqrt()
 
@@ -325,11 +328,13 @@ def save_model(model, path, **extra):
 
 
 def read_checkpoint(path):
-    """The dict in a checkpoint file, read so that no code in it is run. ValueError for any other file."""
+    """The dict in a checkpoint file, read so that no code in it is run. ValueError for other files."""
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no such checkpoint") from None
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # torch raises many kinds of error for foreign and damaged files
         expected = "expected tensors and plain values as torch.save writes them"
         found = "found another kind of file, or one that is cut short"
@@ -390,8 +395,8 @@ def _from_released(weights, path, patch):
     try:
         dim = len(weights["transformer.norm.weight"])
         depth = len({name.split(".")[2] for name in weights if name.startswith("transformer.layers.")})
-        size = {SIZES[size][:2]: size for size in SIZES}[dim, depth]
-    except (KeyError, TypeError):
+        size = next(name for name, sizes in SIZES.items() if sizes[:2] == (dim, depth))
+    except (KeyError, TypeError, StopIteration):
         expected = "a checkpoint of train.py or a released Myna of a known size"
         found = ", ".join(map(str, list(weights)[:3])) or "nothing"
         raise ValueError(f"{path}: expected {expected}, found a dict of {found}, ...") from None
@@ -404,9 +409,10 @@ def _from_released(weights, path, patch):
     shapes = {"to_patch_embedding": "square" if hybrid else patch, "to_patch_embedding_b": "vertical"}
     renamed = {}
     for name, value in weights.items():
-        tokenizer, number, *rest = name.split(".")
+        tokenizer, *rest = name.split(".")
         if tokenizer in shapes:
-            name = ".".join(["to_patch_embedding", shapes[tokenizer], str(int(number) - 1), *rest])
+            number = str(int(rest[0]) - 1)
+            name = ".".join(["to_patch_embedding", shapes[tokenizer], number, *rest[1:]])
         renamed[name] = value
     return Config(size, "hybrid" if hybrid else patch), renamed
 
@@ -422,18 +428,17 @@ def _from_released(weights, path, patch):
 # decoder predicts something at each hidden one. This is the form of MAE and data2vec 2.0. music2vec and
 # musicHuBERT (arXiv 2307.05161) put mask embeddings into the encoder's sequence instead.
 #
-# An objective has two parts. `forward` holds all weights and treats each row by itself, so that a batch can
-# be divided. `loss` has no weights and compares the outputs of the whole batch.
+# An objective has two parts. `forward` uses the weights and computes each row (segment) independently, so a
+# batch can be split into chunks or over processes. `loss` uses no weights and takes the outputs of the whole
+# batch. R is the number of rows in one call, B the number of pairs in the batch, K that of kept patches.
 # -----------------------------------------------------------------------------------------------------------
 
 
-class Contrast(nn.Module):
-    """Myna's own objective (section 3.1): `info_nce` of the projections of two views.
+class Objective(nn.Module):
+    """What all objectives share.
 
-    The others inherit from it, and have the same methods:
-    - forward: segments (R, 128, 96), kept patches (R, K) -> outputs for `loss` (R, ...), vectors to log (R,
-      d)
-    - loss: outputs of both views of the whole batch (2, B, ...), progress of the run from 0 to 1 -> scalar
+    - forward: segments (R, 128, 96), kept (R, K) -> outputs for `loss` (R, ...), vectors for the log (R, d)
+    - loss: outputs of both views of the batch (2, B, ...), progress of the run from 0 to 1 -> scalar
     - prepare: called when a run begins, with some segments of the corpus
     - update: called after each step, for what is not learned by gradient
     """
@@ -445,10 +450,17 @@ class Contrast(nn.Module):
     def __init__(self, model, settings):
         super().__init__()
         self.model, self.settings = model, settings  # the settings of train.py
-        self.dim, self.depth, self.heads, self.hidden = SIZES[model.config.size]
+        self.dim, self.depth, self.heads, self.feed_forward = SIZES[model.config.size]
 
     def prepare(self, mel, generator):
         pass
+
+    def update(self, progress):
+        pass
+
+
+class Contrast(Objective):
+    """Myna's own objective (section 3.1): `info_nce` of the projections of two views."""
 
     def forward(self, mel, patch, kept):
         z = self.model(mel, patch, kept=kept)  # (R, projection)
@@ -456,9 +468,6 @@ class Contrast(nn.Module):
 
     def loss(self, outputs, progress):
         return info_nce_in_blocks(*outputs, self.settings.temperature, self.settings.decoupled)
-
-    def update(self, progress):
-        pass
 
 
 class Head(nn.Sequential):
@@ -475,67 +484,76 @@ class Head(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
 
 
+class TeacherObjective(Objective):
+    """What byol and clustering share: a head, and a teacher, which is a moving average of encoder and head.
+
+    The teacher's momentum rises from 0.996 to 1 on a cosine (Grill et al. 2020). It receives no gradient.
+    """
+
+    def __init__(self, model, settings, *widths):
+        super().__init__(model, settings)
+        self.head = Head(*widths)
+        self.predictor = nn.Identity()
+        self.teacher = make_teacher(model, self.head)
+
+    def forward(self, mel, patch, kept):
+        vectors = lambda model, head: head(model.tokens(mel, patch, kept).mean(dim=1))
+        z = vectors(self.model, self.head)  # (R, d)
+        with torch.no_grad():
+            target = vectors(*self.teacher)
+        return torch.stack([self.predictor(z), target], dim=1), z.detach()  # (R, 2, d)
+
+    def update(self, progress):
+        momentum = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
+        move_teacher(self.teacher, nn.ModuleList([self.model, self.head]), momentum)
+
+
 def make_teacher(*student):
     """A copy of the student's modules that receives no gradient."""
     return copy.deepcopy(nn.ModuleList(student)).requires_grad_(False)
 
 
 @torch.no_grad()
-def move_teacher(teacher, *student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for every weight."""
-    for slow, fast in zip(teacher.parameters(), nn.ModuleList(student).parameters()):
+def move_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, for every weight of two equal modules."""
+    for slow, fast in zip(teacher.parameters(), student.parameters()):
         slow.lerp_(fast, 1 - momentum)
 
 
-class Byol(Contrast):
+class Byol(TeacherObjective):
     """BYOL (Grill et al. 2020): predict the teacher's vector of the other view. There are no negatives.
 
         loss = 2 - 2 cos(predictor(student(view 1)), teacher(view 2)), and with the views exchanged
 
-    Without the predictor, one constant vector for all segments is a solution. The teacher, encoder and head,
-    is a moving average of the student; its momentum rises from 0.996 to 1 on a cosine.
+    Without the predictor, one constant vector for all segments is a solution.
     """
 
     def __init__(self, model, settings):
-        super().__init__(model, settings)
-        self.head = Head(self.dim, self.dim, self.dim, 2 * self.dim)
-        self.predictor = Head(2 * self.dim, self.dim // 4, 2 * self.dim)
-        self.teacher = make_teacher(model, self.head)
-
-    def forward(self, mel, patch, kept):
-        vectors = lambda model, head: head(model.tokens(mel, patch, kept).mean(dim=1))
-        z = vectors(self.model, self.head)  # (R, 2 D)
-        with torch.no_grad():
-            target = vectors(*self.teacher)
-        return torch.stack([self.predictor(z), target], dim=1), z.detach()  # (R, 2, 2 D)
+        dim = SIZES[model.config.size][0]
+        super().__init__(model, settings, dim, dim, dim, 2 * dim)
+        self.predictor = Head(2 * dim, dim // 4, 2 * dim)
 
     def loss(self, outputs, progress):
         prediction, target = outputs.float().unbind(dim=2)  # (2, B, 2 D) each
         target = target.detach().flip(0)  # of the other view
         return (2 - 2 * F.cosine_similarity(prediction, target, dim=-1)).mean()
 
-    def update(self, progress):
-        momentum = 1 - 0.004 * (1 + math.cos(math.pi * progress)) / 2
-        move_teacher(self.teacher, self.model, self.head, momentum=momentum)
 
-
-class Clustering(Byol):
+class Clustering(TeacherObjective):
     """Clustering in DINO's form (Caron et al. 2021): give both views the same soft cluster.
 
         loss = -sum over clusters of t log s, and with the views exchanged, where
         s = softmax(student(view 1) / 0.1),  t = softmax((teacher(view 2) - centre) / tau)
 
     The centre, a moving average of the teacher's outputs, keeps one cluster from taking all; the small tau
-    keeps t from becoming uniform. 4 D clusters. Adapted: tau rises from 0.02 to 0.04 in the first tenth of
-    the run.
+    keeps t from becoming uniform. There are 4 D clusters. Adapted: tau rises from 0.02 to 0.04 in the first
+    tenth of the run, instead of the first epochs.
     """
 
     def __init__(self, model, settings):
-        Contrast.__init__(self, model, settings)
-        self.head = Head(self.dim, self.dim, self.dim, self.dim // 4, 4 * self.dim)
-        self.predictor = nn.Identity()
-        self.teacher = make_teacher(model, self.head)
-        self.register_buffer("centre", torch.zeros(4 * self.dim))
+        dim = SIZES[model.config.size][0]
+        super().__init__(model, settings, dim, dim, dim, dim // 4, 4 * dim)
+        self.register_buffer("centre", torch.zeros(4 * dim))
         self.means = []  # of the teacher's outputs in this step, one for each patch shape
 
     def loss(self, outputs, progress):
@@ -557,10 +575,10 @@ def off_diagonal(matrix):
     return matrix[~torch.eye(len(matrix), dtype=torch.bool, device=matrix.device)]
 
 
-class Barlow(Contrast):
-    """Barlow Twins (Zbontar et al. 2021): each number the same for both views, and unlike the other numbers.
+class Barlow(Objective):
+    """Barlow Twins (Zbontar et al. 2021): each dimension equal in both views, uncorrelated with the others.
 
-        C = a^T b / B, with a and b both views' vectors, each number standardised over the batch
+        C = a^T b / B, with a and b both views' vectors, each dimension standardised over the batch
         loss = mean over the diagonal of (1 - C)^2 + mean of C^2 outside the diagonal
 
     These are means, as in arXiv 2404.09177, not the original's sums, so that its factor 0.005 does not apply.
@@ -583,12 +601,11 @@ class Barlow(Contrast):
 
 
 class Vicreg(Barlow):
-    """VICReg (Bardes et al. 2022): equal vectors for both views, each number spread out and uncorrelated.
+    """VICReg (Bardes et al. 2022): equal vectors for both views; spread out, uncorrelated dimensions.
 
         loss = mean (a - b)^2 + mean relu(1 - sqrt(var + 1e-5)) + mean of cov^2 outside the diagonal
 
-    The last two are means over both views. Weights 1, 1, 1 as in arXiv 2404.09177; the original has 25, 25,
-    1.
+    The last two are means over both views. Weights 1, 1, 1 as in arXiv 2404.09177. (The original: 25, 25, 1.)
     """
 
     def loss(self, outputs, progress):
@@ -601,31 +618,32 @@ class Vicreg(Barlow):
         return loss
 
 
-class MaskedAutoencoder(Contrast):
+class MaskedAutoencoder(Objective):
     """MAE (He et al. 2022; section 4.6): predict the hidden patches themselves, by mean squared error.
 
-    In the decoder's input, a learned mask token stands at each hidden patch. It has at most 4 layers.
-    Target: log(1 + power), as in the authors' code; with --target patch the same, normalised in each patch
-    to mean 0 and variance 1, as in MAE's own paper. (The tokenizer's LayerNorm removes a patch's level, so
-    that the level of a hidden patch is hard to predict.) Mask 0.75 is MAE's; the Myna paper does not state
-    its own.
+    The decoder is a transformer of at most 4 layers. A learned mask token, with its position, is its input
+    for each hidden patch; the encoder's tokens carry their positions already. Target: log(1 + power), as in
+    the authors' code; with --target patch the same, normalised in each patch to mean 0 and variance 1, as in
+    MAE's own paper. (The tokenizer's LayerNorm removes a patch's level, so that the level of a hidden patch
+    is hard to predict.) Mask ratio 0.75 is MAE's; the Myna paper does not state its own.
     """
 
-    two_views, mask = False, 0.75  # both segments of a clip are used, but not compared
+    two_views = False  # both segments of a clip are used, but not compared
+    mask = 0.75
     width = 256  # of a prediction; None: D
 
     def __init__(self, model, settings):
         super().__init__(model, settings)
         self.mask_token = nn.Parameter(torch.randn(self.dim))
-        self.decoder = Transformer(self.dim, min(4, self.depth), self.heads, self.hidden)
+        self.decoder = Transformer(self.dim, min(4, self.depth), self.heads, self.feed_forward)
         self.to_prediction = nn.Linear(self.dim, self.width or self.dim)
 
     def predict(self, mel, patch, kept):
         """Predictions at all patches (R, N, width), and the encoder's tokens of the kept ones (R, K, D)."""
         visible = self.model.tokens(mel, patch, kept)
-        hidden = self.mask_token + getattr(self.model, f"position_{patch}")  # (N, D)
+        masked = self.mask_token + getattr(self.model, f"position_{patch}")  # (N, D)
         where = kept[..., None].expand(-1, -1, self.dim)
-        sequence = hidden.expand(len(mel), -1, -1).scatter(1, where, visible.to(hidden.dtype))  # (R, N, D)
+        sequence = masked.expand(len(mel), -1, -1).scatter(1, where, visible.to(masked.dtype))  # (R, N, D)
         return self.to_prediction(self.decoder(sequence)), visible
 
     def error(self, prediction, mel, patch):
@@ -638,8 +656,9 @@ class MaskedAutoencoder(Contrast):
     def forward(self, mel, patch, kept):
         prediction, visible = self.predict(mel, patch, kept)
         error = self.error(prediction.float(), mel, patch)  # (R, N)
-        hidden = torch.ones_like(error).scatter(1, kept, 0)
-        return (error * hidden).sum(dim=1) / hidden.sum(dim=1), visible.mean(dim=1).detach()
+        is_hidden = torch.ones_like(error).scatter(1, kept, 0)
+        outputs = (error * is_hidden).sum(dim=1) / is_hidden.sum(dim=1)  # (R,)
+        return outputs, visible.mean(dim=1).detach()
 
     def loss(self, outputs, progress):
         return outputs.mean()
@@ -648,13 +667,14 @@ class MaskedAutoencoder(Contrast):
 class Data2vec(MaskedAutoencoder):
     """data2vec (Baevski et al. 2022; music2vec): predict the teacher's features of the hidden patches.
 
-    The teacher, a moving average of the encoder (momentum from 0.999 to 0.9999), sees all patches. Target:
+    The teacher, a moving average of the encoder (momentum 0.999 to 0.9999, linear), sees all patches. Target:
     the feed-forward outputs of the top two thirds of its layers (8 of 12), each channel normalised over the
     segment's patches, averaged over the layers. Error: squared, summed over D, divided by sqrt(D). Mask 0.65
     as in music2vec.
     """
 
-    width, mask = None, 0.65
+    mask = 0.65
+    width = None
 
     def __init__(self, model, settings):
         super().__init__(model, settings)
@@ -664,7 +684,7 @@ class Data2vec(MaskedAutoencoder):
     def targets(self, mel, patch):
         """The teacher's features of all patches: (R, 128, 96) -> (R, N, D)."""
         (teacher,) = self.teacher
-        x = teacher.tokenize(mel, patch)
+        x = teacher.embed_patches(mel, patch)
         features = []
         for attention, feed_forward in teacher.transformer.layers:
             x = x + attention(x)
@@ -677,18 +697,19 @@ class Data2vec(MaskedAutoencoder):
         return (prediction - self.targets(mel, patch)).square().sum(dim=-1) / self.dim**0.5
 
     def update(self, progress):
-        move_teacher(self.teacher, self.model, momentum=0.999 + 0.0009 * progress)
+        move_teacher(self.teacher, nn.ModuleList([self.model]), 0.999 + 0.0009 * progress)
 
 
 class Hubert(MaskedAutoencoder):
-    """HuBERT (Hsu et al. 2021; musicHuBERT): predict the cluster of each hidden moment, by cross-entropy.
+    """HuBERT (Hsu et al. 2021; musicHuBERT): predict the cluster of each hidden patch, by cross-entropy.
 
-    A moment is a vertical patch: two frames. Its cluster is the nearest of --clusters centroids, found by
-    k-means on the MFCC of 20,000 moments of the corpus. Score of a cluster: the cosine of the prediction and
-    the cluster's learned embedding, over 0.1. Mask 0.65 as in musicHuBERT.
+    Patches are vertical, two frames each. The cluster of a patch is the nearest of --clusters centroids,
+    found by k-means on the MFCC of 20,000 patches of the corpus. Score of a cluster: the cosine of the
+    prediction and the cluster's learned embedding, over 0.1. Mask ratio 0.65 as in musicHuBERT.
     """
 
-    width, mask, patches = 256, 0.65, ("vertical",)
+    mask = 0.65
+    patches = ("vertical",)
 
     def __init__(self, model, settings):
         super().__init__(model, settings)
@@ -697,22 +718,23 @@ class Hubert(MaskedAutoencoder):
         self.register_buffer("scale", torch.ones(39))  # standard deviation of each MFCC value
 
     def prepare(self, mel, generator):
-        moments = mfcc_moments(mel.cpu()).flatten(0, 1)  # (R * N, 39)
-        moments = moments[torch.randperm(len(moments), generator=generator)[:20_000]]
-        self.scale.copy_(moments.std(dim=0).clamp(min=1e-6))
-        self.centroids.copy_(k_means(moments / self.scale.cpu(), len(self.centroids), generator))
+        mfcc = mfcc_of_patches(mel.cpu()).flatten(0, 1)  # (R * N, 39)
+        mfcc = mfcc[torch.randperm(len(mfcc), generator=generator)[:20_000]]
+        self.scale.copy_(mfcc.std(dim=0).clamp(min=1e-6))
+        self.centroids.copy_(k_means(mfcc / self.scale.cpu(), len(self.centroids), generator))
 
     def clusters(self, mel):
-        """The cluster of each moment: (R, 128, 96) -> (R, 48) long."""
-        return torch.cdist(mfcc_moments(mel) / self.scale, self.centroids).argmin(dim=-1)
+        """The cluster of each patch: (R, 128, 96) -> (R, 48) long."""
+        with torch.autocast(mel.device.type, enabled=False):  # differences of MFCC are lost in bfloat16
+            return torch.cdist(mfcc_of_patches(mel) / self.scale, self.centroids).argmin(dim=-1)
 
     def error(self, prediction, mel, patch):
         scores = F.normalize(prediction, dim=-1) @ F.normalize(self.embedding, dim=-1).T / 0.1
         return F.cross_entropy(scores.transpose(1, 2), self.clusters(mel), reduction="none")
 
 
-def mfcc_moments(mel):
-    """39 MFCC values of each moment of two frames: mel power (R, 128, 96) -> (R, 48, 39).
+def mfcc_of_patches(mel):
+    """39 MFCC values of each vertical patch: mel power (R, 128, 96) -> (R, 48, 39).
 
     13 cepstral coefficients (orthonormal DCT-II of log power), and their first and second differences.
     """

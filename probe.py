@@ -31,10 +31,9 @@ import re
 import sys
 import tempfile
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -47,8 +46,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
-from data import audio_files, in_workers, mel_segments
-from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS, load_audio, mel_spectrogram, segments
+from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS
+from data import audio_files, in_workers, load_audio, mel_segments, mel_spectrogram
 from model import ADAPTATIONS, PATCHES, SIZES, Config, Myna
 from model import adapt, load_model, merge, read_checkpoint, save_model
 
@@ -1239,12 +1238,15 @@ def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
     all differ.
     """
     groups = torch.arange(len(targets)) if groups is None else groups
-    members = groups.argsort(stable=True).split(torch.bincount(groups).tolist())
+    order = groups.argsort(stable=True)
+    members = order.split(torch.bincount(groups).tolist())
     generator = torch.Generator().manual_seed(seed)
     scores = []
     for _ in range(resamples):
         drawn = torch.randint(len(members), (len(members),), generator=generator)
-        rows = torch.cat([members[group] for group in drawn.tolist()])
+        rows = order[drawn]  # enough where every group has one target
+        if len(members) < len(targets):
+            rows = torch.cat([members[group] for group in drawn.tolist()])
         scores.append(float(primary_score(kind, targets[rows], outputs[..., rows, :]).mean()))
     low, high = np.nanquantile(scores, [0.025, 0.975])
     return float(low), float(high)
@@ -1597,7 +1599,7 @@ def embed_files(sources, out, model, per_segment, device, workers):
     if out.is_dir():
         raise ValueError(f"--out {out}: there is a folder of that name")
     clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
-    features = embed_task(Task("files", "classes", (), clips, (), []), model, device=device, workers=workers)
+    features = embed_task(Task("files", "classes", (), clips, []), model, device=device, workers=workers)
     vectors, index = torch.cat(list(features.rows.values()), dim=1), features.clip_index
     used, counts = index.unique_consecutive(return_counts=True)
     if per_segment:
@@ -1625,6 +1627,8 @@ def print_counts(task):
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
     missing = ": " + ", ".join(task.missing[:5]) if task.missing else ""
     print(f"  {len(task.missing):,} files that the labels name are missing{missing}")
+    if task.note:
+        print(f"  {task.note}")
 
 
 def print_results(results):
@@ -1798,8 +1802,8 @@ def probe(args):
     network = None
     if args.labels:
         table = few_labels(task, features.labels, args.labels, train, args.repeat or 4, args.seed)
-        results = {"task": task.name, "metric": primary_metric(task.kind), "method": args.adapt, "labels": table}
-        results |= {"missing": task.missing, "skipped": features.skipped}
+        results = {"task": task.name, "metric": primary_metric(task.kind), "method": args.adapt}
+        results |= {"labels": table, "missing": task.missing, "skipped": features.skipped}
     else:
         results, network = train(task, args.seed)
     results |= {"model": encoder.name, "key": encoder.key, "seed": args.seed}

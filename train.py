@@ -3,14 +3,15 @@
 Input: a corpus (data.py) or a folder of music. Output: runs/NAME/checkpoint.pt and, beside it, log.jsonl.
 
     python train.py --demo                                        a tiny model, minutes on two CPU cores
-    python train.py --patch vertical --batch 4096                 the paper's recipe, on what --data names
-    python train.py --data corpora/mine --out runs/mine --resume  continue a run, or start it
+    python train.py --patch vertical --batch 4096                 the paper's recipe, on the embedded music
+    python train.py --data corpora/mine --out runs/mine --resume  on your music; continue a run, or start it
     torchrun --nproc-per-node 4 train.py --data corpora/mine      one batch, shared by four GPUs
     python train.py --objective byol                              another objective (the end of model.py)
 
 One step: draw a batch of clips, two segments of each clip, and the 5 of 48 patches to keep of each segment;
-encode; InfoNCE; Adam. All random numbers of a step are drawn from (seed, step). So a run that was killed and
-resumed gives the same weights as one that was not, and processes that share a batch draw the same one.
+encode; InfoNCE; Adam. All random numbers of a step are drawn from (seed, step). So on one machine, a run that
+was killed and resumed gives the same weights as one that was not, and processes that share a batch draw the
+same one.
 """
 
 import argparse
@@ -36,8 +37,8 @@ from data import HOP, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, 
 from model import N_TOKENS, OBJECTIVES, PATCHES, SIZES, Config, Myna
 from model import keep_tokens, read_checkpoint, retrieval_accuracy, save_model, spread
 
-RANK = int(os.environ.get("RANK", 0))  # of this process, and the number of processes: torchrun sets both
-WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0))  # index of this process (torchrun sets it)
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
 
 # -----------------------------------------------------------------------------------------------------------
 # Settings
@@ -59,7 +60,7 @@ def command_line():
     add("--patch", choices=[*PATCHES, "hybrid"], default="hybrid", help="16x16, 128x2, or both (default)")
     add("--size", choices=list(SIZES), default="vit-s", help="of the encoder (default: %(default)s)")
     add("--objective", choices=list(OBJECTIVES), default="contrast", help="(default: contrast)")
-    add("--target", choices=["log", "patch"], default="log", help="of mae: log power, normalised or not")
+    add("--target", choices=["log", "patch"], default="log", help="of mae: log power, or the same normalised")
     add("--clusters", type=int, default=100, help="of hubert (default: %(default)s)")
     add("--log-mel", action="store_true", help="log(1 + power) in front of the tokenizer")
     add("--batch", type=int, default=4096, help="pairs in a step, over all processes (default: %(default)s)")
@@ -85,25 +86,26 @@ def command_line():
 def read_settings(argv):
     """The settings of a run, and the checkpoint that it continues or None.
 
-    The defaults are those of --help; with --demo, DEMO; with --resume, the settings stored in the checkpoint.
-    Raises ValueError for settings that make no sense, alone or for the run in --out.
+    A setting that is not in `argv` gets its default. --demo replaces the defaults by DEMO, --resume by the
+    settings of the run that is continued. Raises ValueError for settings that cannot be used.
     """
     parser = command_line()
     if parser.parse_args(argv).demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
-    out = Path(args.out or f"runs/{args.patch}_{args.size}_b{args.batch}_s{args.seed}")
+    objective = "" if args.objective == "contrast" else f"{args.objective}_"
+    out = Path(args.out or f"runs/{objective}{args.patch}_{args.size}_b{args.batch}_s{args.seed}")
 
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         stored = checkpoint.get("settings", {})
-        if "objective" not in stored:
+        if not {"objective", "planned_steps"} <= stored.keys():
             raise ValueError(f"{checkpoint['path']}: a model, but not a run that train.py can continue")
         parser.set_defaults(**stored)
         args = parser.parse_args(argv)
         for name, value in stored.items():
             if name not in MAY_CHANGE and getattr(args, name, value) != value:
-                raise ValueError(f"{out} continues with its own settings only: its --{name} is {value}")
+                raise ValueError(f"{out} continues with its own settings: its {option(name)} is {value}")
     elif not args.resume and ((out / "log.jsonl").exists() or (out / "checkpoint.pt").exists()):
         raise ValueError(f"{out} holds a run: continue it with --resume, or name another folder with --out")
     args.out = out
@@ -113,28 +115,36 @@ def read_settings(argv):
     return args, checkpoint
 
 
+def option(name):
+    """The command-line option of a setting: "save_minutes" -> "--save-minutes"."""
+    return f"--{name.replace('_', '-')}"
+
+
 def check_settings(args):
-    """Raise ValueError for settings that make no sense."""
+    """Raise ValueError for settings that cannot be used."""
     for name in "batch chunk epochs steps lr temperature minutes save_minutes clusters".split():
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: it must be above zero")
+            raise ValueError(f"{option(name)} {value}: it must be above zero")
     if args.batch < 2:
         raise ValueError("--batch 1: a batch needs at least two pairs")
     if args.seed < 0 or not 0 <= args.weight_decay < math.inf:
         raise ValueError("--seed and --weight-decay must not be negative")
-    keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that makes no sense
+    keep_tokens(1, N_TOKENS, args.mask)  # raises ValueError for a mask ratio that keeps nothing
     objective = OBJECTIVES[args.objective]
     if args.patch not in objective.patches:
         raise ValueError(f"--objective {args.objective} takes --patch {' or '.join(objective.patches)}")
-    if args.mask == 0 and not objective.two_views:
-        raise ValueError(f"--mask 0: --objective {args.objective} needs hidden patches")
+    if int(args.mask * N_TOKENS) == 0 and not objective.two_views:
+        raise ValueError(f"--mask {args.mask:g}: --objective {args.objective} needs hidden patches")
 
 
 def newest_checkpoint(out):
-    """The newest undamaged checkpoint in a run's folder; None when none was written yet."""
+    """The newest undamaged checkpoint in a run's folder, and its "path"; None when none was written yet.
+
+    Raises ValueError when all are damaged.
+    """
     damaged = None
-    for name in ("checkpoint.pt", "checkpoint_new.pt", "checkpoint_previous.pt"):
+    for name in ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_previous.pt"):  # see `save_run`
         if (out / name).exists():
             try:
                 return {**read_checkpoint(out / name), "path": out / name}
@@ -156,7 +166,7 @@ def open_corpus(args):
         n_clips = max(2048, args.batch)
         path = Path(f"corpora/embedded_{n_clips}")
         say(f"No --data: training on the embedded music, {n_clips} clips of ten seconds, in {path}")
-        build = lambda: build_embedded_corpus(n_clips, 0, path)
+        build = lambda: build_embedded_corpus(n_clips, seed=0, out=path)  # the same music for every --seed
     elif (Path(args.data) / "index.jsonl").exists():
         path, build = Path(args.data), None
     else:
@@ -176,7 +186,8 @@ def choose_clips(corpus, args):
     """
     order = torch.randperm(len(corpus), generator=torch.Generator().manual_seed(args.seed))
     if args.minutes is not None:
-        ends = (corpus.frames[order] - 1).cumsum(0) * HOP / SAMPLE_RATE / 60  # in minutes
+        seconds = (corpus.frames[order] - 1) * HOP / SAMPLE_RATE  # n frames span n - 1 hops
+        ends = seconds.cumsum(0) / 60  # minutes of sound up to the end of each clip
         order = order[ends <= args.minutes]
         if len(order) < args.batch:
             smaller = len(order) // WORLD * WORLD
@@ -207,8 +218,8 @@ def choose_data(args, checkpoint, device):
 def draw_batch(corpus, clips, step, args, part=slice(None)):
     """The random choices of a step: views (2, b, 128, 96), and the tokens to keep, {patch: (2, b, K)}.
 
-    They are drawn from (seed, step) for the whole batch; `part` selects the b pairs that this process
-    encodes.
+    They are drawn from (seed, step) for the whole batch of B pairs; `part` selects the b pairs of this
+    process.
     """
     epoch, position = divmod(step, len(clips) // args.batch)
     order = shuffled(len(clips), mix_seed(args.seed, 0, epoch), clips.device)
@@ -252,7 +263,7 @@ def batches(corpus, clips, first_step, args, device):
 
 
 def gather(z):
-    """The vectors of all processes, (2, b, d) -> (2, B, d). Only this process's own carry a gradient."""
+    """The vectors of all processes: (2, b, d) -> (2, B, d). Only this process's own carry a gradient."""
     if not dist.is_initialized():
         return z
     parts = [torch.empty_like(z) for _ in range(WORLD)]
@@ -279,23 +290,27 @@ def backward(objective, views, patch, kept, weight, progress, args):
             outputs, vectors = objective(mel, patch, tokens)
         return outputs.unflatten(0, (2, -1)), vectors.unflatten(0, (2, -1))  # (2, pairs, ...) each
 
+    # 1. encode
     chunks = [slice(first, first + args.chunk) for first in range(0, views.shape[1], args.chunk)]
     with torch.set_grad_enabled(len(chunks) == 1):
         outputs, vectors = zip(*[encode(rows) for rows in chunks])
         outputs, vectors = torch.cat(outputs, dim=1), torch.cat(vectors, dim=1)  # (2, b, ...) each
 
+    # 2. the loss of the whole batch
     own = outputs.detach().requires_grad_()
     loss = objective.loss(gather(own), progress)
     (gradient,) = torch.autograd.grad(weight * loss, own)
 
+    # 3. backpropagate
     if len(chunks) == 1:
         outputs.backward(gradient)
     else:
         for rows in chunks:
             encode(rows)[0].backward(gradient[:, rows])
+
     vectors = gather(vectors)  # (2, B, d)
-    accuracy = retrieval_accuracy(*vectors) if objective.two_views else torch.tensor(torch.nan)
-    return torch.stack([loss.detach(), spread(vectors.flatten(0, 1)), accuracy.to(loss.device)])
+    accuracy = retrieval_accuracy(*vectors) if objective.two_views else loss.new_tensor(torch.nan)
+    return torch.stack([loss.detach(), spread(vectors.flatten(0, 1)), accuracy])
 
 
 def sum_gradients(parameters):
@@ -377,7 +392,7 @@ def compile_works(device):
         return False
 
 
-def build_objective(args, corpus, device, checkpoint):
+def build_objective(args, corpus, clips, device, checkpoint):
     """The objective, which holds the model, and Adam: new, or as they are in the checkpoint."""
     torch.manual_seed(args.seed)
     model = Myna(Config(args.size, args.patch, log_mel=args.log_mel))
@@ -387,10 +402,10 @@ def build_objective(args, corpus, device, checkpoint):
     optimizer = torch.optim.Adam(learned, args.lr, weight_decay=args.weight_decay, fused=fused)
     if checkpoint:
         objective.load_state_dict(checkpoint["objective"])
-        groups = optimizer.state_dict()["param_groups"]  # lr and the like: set above, for this device
+        groups = optimizer.state_dict()["param_groups"]  # the settings above; only Adam's means are loaded
         optimizer.load_state_dict({**checkpoint["optimizer"], "param_groups": groups})
     else:
-        ids = torch.linspace(0, len(corpus) - 1, 512).long()
+        ids = clips[torch.linspace(0, len(clips) - 1, 512).long()]  # some of --minutes only
         generator = torch.Generator(corpus.mel.device).manual_seed(args.seed)
         segments = corpus.sample_pairs(ids, generator).flatten(0, 1)
         objective.prepare(segments, torch.Generator().manual_seed(args.seed))
@@ -405,10 +420,10 @@ def start_log(out, settings, checkpoint):
     path = out / "log.jsonl"
     lines = [json.dumps({"time": time.time(), "settings": settings})]
     if checkpoint:
-        os.replace(checkpoint["path"], out / "checkpoint.pt")  # which may be damaged
+        os.replace(checkpoint["path"], out / "checkpoint.pt")  # instead of a damaged or older one
         old = path.read_text().splitlines() if path.exists() else []
         lines = old[:1] or lines
-        for line in old[1:]:
+        for line in old[1:]:  # the last one may be cut short
             if line.endswith("}") and json.loads(line)["step"] <= checkpoint["step"]:
                 lines.append(line)
     (out / "log.part").write_text("".join(line + "\n" for line in lines))
@@ -442,7 +457,7 @@ def stop_signals():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        print("\nStopping after this step; press Ctrl-C again to stop at once.", file=sys.stderr)
+        print("\nStopping soon; press Ctrl-C again to stop at once.", file=sys.stderr)
 
     handlers = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -462,8 +477,10 @@ def share_stop(stop, device):
 
 
 def log_line(figures, step, per_epoch, speed):
-    """One line of log.jsonl: means over the last steps. ValueError when a loss is not finite."""
-    figures = torch.stack(figures).cpu()  # (steps, 3); waits for a GPU
+    """A line of log.jsonl as a dict: means of `figures` (steps, 3).
+
+    `speed` is in pairs per second. Raises ValueError when a loss is not finite.
+    """
     broken = (~figures[:, 0].isfinite()).nonzero()
     if len(broken):
         first = step - len(figures) + 1 + int(broken[0])
@@ -477,24 +494,24 @@ def log_line(figures, step, per_epoch, speed):
 def train(args, checkpoint=None):
     """The whole run: set up, train, save. Returns the signal that ended it early, or None."""
     device = choose_device(args)
+    settings = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     corpus, clips = choose_data(args, checkpoint, device)
-    objective, optimizer = build_objective(args, corpus, device, checkpoint)
+    objective, optimizer = build_objective(args, corpus, clips, device, checkpoint)
     if args.compile:
         objective.compile()
 
     per_epoch = len(clips) // args.batch
     done = checkpoint["step"] if checkpoint else 0
     args.steps = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
-    settings = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     planned = checkpoint["settings"]["planned_steps"] if checkpoint else args.steps  # the length of schedules
-    settings["planned_steps"] = planned
+    settings |= {"steps": args.steps, "planned_steps": planned}
     log_path = start_log(args.out, {**settings, "clips": len(clips), "device": str(device)}, checkpoint)
     say(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} in an epoch, on {device}")
     if args.steps > planned and args.objective != "contrast":
         say(f"Schedules end at step {planned:,}, as planned when the run began.")
 
     interval = 10 if device.type == "cuda" else 1  # steps between log lines: reading the figures waits
-    figures, lines = [], 0
+    figures, n_lines = [], 0
     begun = logged = saved = time.monotonic()
     bar = tqdm(total=args.steps, initial=done, unit="step", disable=RANK > 0)
     with stop_signals() as stop, bar, open(log_path, "a") as log:
@@ -506,18 +523,19 @@ def train(args, checkpoint=None):
             if step % interval and step < args.steps:
                 continue
 
+            figures = torch.stack(figures).cpu()  # (steps, 3); waits for a GPU
             now = time.monotonic()
-            line = log_line(figures, step, per_epoch, args.batch * len(figures) / (now - logged))
+            speed = args.batch * len(figures) / (now - logged)
+            line = log_line(figures, step, per_epoch, speed)
             print(json.dumps(line), file=log, flush=True)
-            shown = f"loss {line['loss']:.3f}, std {line['std']:.2f}, {line['pairs_per_second']:,.0f} pairs/s"
-            bar.set_postfix_str(shown, refresh=False)
-            figures, logged, lines = [], now, lines + 1
-            if lines == 3 or (lines == 1 and now - begun > 10):  # the first steps are slower
-                left = tqdm.format_interval((args.steps - step) * args.batch / line["pairs_per_second"])
-                say(f"about {left} left ({line['pairs_per_second']:,.0f} pairs/s)")
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, std {line['std']:.2f}, {speed:,.0f} pairs/s")
+            figures, logged, n_lines = [], now, n_lines + 1
+            if n_lines == 3 or (n_lines == 1 and now - begun > 10):  # speed is lower in the first steps
+                left = tqdm.format_interval((args.steps - step) * args.batch / speed)
+                say(f"about {left} left ({speed:,.0f} pairs/s)")
 
             share_stop(stop, device)
-            last = step == args.steps or stop
+            last = step == args.steps or len(stop) > 0
             if RANK == 0 and (last or now - saved > 60 * args.save_minutes):
                 try:
                     save_run(args.out, objective, optimizer, step, settings, corpus.settings)
@@ -542,22 +560,22 @@ def summarise(args, log_path):
     if step < args.steps:
         say(f"Stopped by a signal. To continue: python train.py --resume --out {args.out}")
         return
-    last = log[-20:]
-    loss, std = (np.mean([line[name] for line in last]) for name in ("loss", "std"))
+    loss, std = (np.mean([line[name] for line in log[-20:]]) for name in ("loss", "std"))
     others = 2 * args.batch - 1
     say(f"loss       {log[0]['loss']:.2f} at the start, {loss:.2f} at the end")
     if args.objective == "contrast":
-        say(f"           chance level: {math.log(others - args.decoupled):.2f}")
+        candidates = others - 1 if args.decoupled else others
+        say(f"           chance level: {math.log(candidates):.2f}")
     if std < SMALLEST_SPREAD:
         say(f"collapse   all vectors are nearly equal (standard deviation {std:.3f}): use a smaller --lr")
     if log[0]["retrieval"] is not None:
-        accuracy = np.mean([line["retrieval"] for line in last])
+        accuracy = np.mean([line["retrieval"] for line in log[-20:]])
         say(f"retrieval  {accuracy:.1%} of the views find their partner; chance level: {1 / others:.2%}")
     say(f"next       python probe.py --task synth-key --checkpoint {path}")
 
 
 def main():
-    """The command line."""
+    """Train with the settings of the command line; a mistake is one sentence and exit status 2."""
     try:
         stopped = train(*read_settings(sys.argv[1:]))
     except KeyboardInterrupt:
@@ -567,7 +585,8 @@ def main():
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{type(error)} {error}".lower():
+        is_full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not (is_full or "can't allocate memory" in str(error)):
             raise
         print("train.py: memory is full: use a smaller --chunk (same result) or --batch", file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,7 @@
 """How fast, against the obvious way of doing the same work in the same run, and against what the machine can do.
 
-    python tests/bench.py                    all of it, under five minutes on two CPU cores; with a GPU, on
-    that python tests/bench.py step grid          some of it: mel, corpus, pairs, step, ranks, grid, faults,
-    the first words of the lines
+    python tests/bench.py            all of it, minutes on two CPU cores; with a GPU, on that
+    python tests/bench.py step grid  some of it: mel, corpus, pairs, step, objectives, ranks, grid, faults
 
 A line gives the figure, that of the obvious way, their ratio, and the limit: the operations or bytes that
 the work needs over what this machine does in a plain matrix product or a plain copy, measured first. Every
@@ -33,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from data import (  # noqa: E402
     CORES, FRAMES, HOP, N_FFT, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, load_audio, mel_filterbank, mel_spectrogram
 )  # fmt: skip
-from model import SIZES, Config, Myna, info_nce, patchify  # noqa: E402
+from model import OBJECTIVES, SIZES, Config, Myna, info_nce, patchify  # noqa: E402
 from probe import GRID, fit_grid  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -224,6 +223,19 @@ def bench_step(flops, copy):
         for patch in ("square", "vertical"):
             line(f"step of {batch} pairs, {size} {patch}", "pairs", ours[patch], obvious_steps(corpus, size, patch, batch), limit)
         line(f"step of {batch} pairs, {size} hybrid", "pairs", ours["hybrid"], limit=limit / 2)
+
+
+def bench_objectives(flops, copy):
+    """What a teacher or a decoder costs: steps with each objective, against Myna's own (obvious: contrast)."""
+    batch, steps = (1024, 60) if GPU else (64, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        fake_corpus(Path(folder, "noise"), 2048 if GPU else 1024)
+        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", batch, "--steps", steps]
+        contrast = None
+        for name in OBJECTIVES:
+            speed = train(folder, name, *run, "--objective", name)
+            contrast = contrast or speed  # the first one
+            line(f"objectives: {name}, {batch} pairs of ViT-S", "pairs", speed, contrast)
 
 
 def bench_ranks(flops, copy):

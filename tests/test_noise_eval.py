@@ -84,7 +84,7 @@ def test_the_folder_of_a_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     paths = ["set/a/01.wav", "set/b/01.wav", str(tmp_path / "set/b/c/02.wav")]
     clips = [probe.Clip(Path(path), 0.0, None, 0, "test", path) for path in paths]
-    task = probe.Task("t", "classes", ("x",), clips, (), [])
+    task = probe.Task("t", "classes", ("x",), clips, [])
     assert noise_eval.common_folder(task) == str(tmp_path / "set")
     assert noise_eval.common_folder(load_task("synth-key")) == ""
 
@@ -189,7 +189,7 @@ def test_table_names_everything_once(checked):
 def test_no_percentage_of_a_score_below_zero():
     y, far = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[[9.0], [9.0], [0.0]]])
     clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [0.0], "test", str(i)) for i in range(3)]
-    task, groups = probe.Task("t", "regression", ("x",), clips, ("r2",), []), torch.arange(3)
+    task, groups = probe.Task("t", "regression", ("x",), clips, []), torch.arange(3)
     found = noise_eval.summary(task, y, far, groups, clean=-1.0)
     assert found["drop_percent"] is None and found["drop"] > 0
     found = noise_eval.summary(task, y, y[None] + 0.1, groups, clean=1.0)

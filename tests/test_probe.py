@@ -1128,7 +1128,7 @@ def test_features_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch
     for i in range(4):
         sound(tmp_path / f"{i}.wav", 4.0)
     clips = [probe.Clip(tmp_path / f"{i}.wav", 0.0, None, i, "train", str(i)) for i in range(4)]
-    task = probe.Task("t", "classes", tuple("abcd"), clips, probe.METRICS["classes"], [])
+    task = probe.Task("t", "classes", tuple("abcd"), clips, [])
     path = tmp_path / "kept/features.pt"
 
     def embed(task, key="1"):
@@ -1163,7 +1163,7 @@ def test_the_best_patch_shape_on_validation_goes_on(best, command, monkeypatch):
         label = i // 3 % 4
         clips.append(probe.Clip(Path(f"{i}.wav"), 0.0, None, label, split, str(i)))
         labels.append(label)
-    task = probe.Task("t", "classes", tuple("abcd"), clips, probe.METRICS["classes"], [])
+    task = probe.Task("t", "classes", tuple("abcd"), clips, [])
     y = torch.tensor(labels)
     told = {"square": (y, y * 0), "vertical": (y * 0, y), "concatenated": (y // 2, y % 2)}[best]
     rows = {}
@@ -1252,7 +1252,7 @@ def test_several_encoders_and_corrupted_clips(labelled, tmp_path):
     rng = np.random.default_rng(0)
     soundfile.write(tmp_path / "long.wav", 0.1 * rng.standard_normal(16_000 * 10), 16_000)
     clips = [probe.Clip(p, 0.0, None, 0, "test", p.name) for p in sorted(tmp_path.glob("*.wav"))]
-    task = probe.Task("t", "classes", ("x",), clips, (), [])
+    task = probe.Task("t", "classes", ("x",), clips, [])
     torch.manual_seed(0)
     models = {"one": Myna(Config("tiny", "hybrid")), "other": Myna(Config("tiny", "square"))}
     encoders = {**models, "mfcc": "mfcc", "mine": loudest}
@@ -1284,7 +1284,7 @@ def test_several_encoders_and_corrupted_clips(labelled, tmp_path):
 def test_tags_that_cannot_be_scored_are_a_sentence():
     splits = ("train", "valid", "valid")
     clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, [1.0, 0.0], s, str(i)) for i, s in enumerate(splits)]
-    task = probe.Task("t", "tags", ("a", "b"), clips, probe.METRICS["tags"], [])
+    task = probe.Task("t", "tags", ("a", "b"), clips, [])
     rows = torch.randn(3, 4)
     features = probe.Features({"x": rows}, torch.arange(3), [clip.label for clip in clips], [])
     assert len(probe.split_rows(task, features, "train", rows)[0]) == 1
@@ -1296,7 +1296,7 @@ def test_tags_that_cannot_be_scored_are_a_sentence():
 
 def test_targets_are_in_the_order_of_the_clips():
     clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, i % 5, "valid", f"song {i // 3}") for i in range(12)]
-    task = probe.Task("t", "classes", tuple("abcde"), clips, probe.METRICS["classes"], [])
+    task = probe.Task("t", "classes", tuple("abcde"), clips, [])
     rows, clip_index = torch.randn(24, 4), torch.arange(12).repeat_interleave(2)
     features = probe.Features({"x": rows}, clip_index, [clip.label for clip in clips], [])
     x, y, target_index = probe.split_rows(task, features, "valid", rows)
@@ -1312,7 +1312,7 @@ def test_targets_are_in_the_order_of_the_clips():
 def test_predictions_carry_the_songs_that_are_resampled(per_group):
     songs = ["b", "a", "b", "unread", "c", "a"]
     clips = [probe.Clip(Path(f"{i}.wav"), 0.0, None, 0, "test", song) for i, song in enumerate(songs)]
-    task = probe.Task("t", "classes", ("x", "y"), clips, probe.METRICS["classes"], [], per_group)
+    task = probe.Task("t", "classes", ("x", "y"), clips, [], per_group)
     features = probe.Features({}, torch.tensor([0, 1, 1, 2, 4, 5]), [0, 1, 0, None, 1, 1], [])
     rows = torch.randn(6, 3, 2, generator=generator(0))  # three versions
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
