@@ -200,7 +200,7 @@ def test_a_prompt_is_tokens_in_front_and_not_in_the_mean():
     model = adapted("prompt", "square", size=4)
     mel = power(2)
     prompt, inner = model.transformer.tokens, model.transformer.transformer
-    sequence = torch.stack([torch.cat([prompt, row]) for row in model.tokenize(mel, "square")])
+    sequence = torch.stack([torch.cat([prompt, row]) for row in model.embed_patches(mel, "square")])
     outputs = inner(sequence)  # (2, 4 + 48, D)
     assert outputs.shape == (2, 52, 128)
     assert torch.allclose(model.embed(mel), outputs[:, 4:].mean(dim=1), atol=1e-6)
