@@ -1405,7 +1405,7 @@ def adapt_task(
 def fit_classifier(task, features, network, lr, steps, seed):
     """Train what is not frozen, and keep the weights of the best check. Returns [[step, loss, valid score]].
 
-    Adam; gradients are cut to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes one random
+    Adam; gradients are clipped to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes one random
     segment of each of 16 clips. Raises ValueError if the loss is not finite.
     """
     mel, rows = features.rows["mel"], torch.arange(len(features.clip_index))
@@ -1685,14 +1685,15 @@ def print_few_labels(results):
 
 def command_line():
     """The parser of the options that are probe.py's alone."""
-    parser = argparse.ArgumentParser(description="Probe a frozen encoder, or just write its embeddings.")
+    parser = argparse.ArgumentParser(description="Probe a frozen encoder, adapt it, or just write embeddings.")
     option = parser.add_argument
     option("--check", action="store_true", help="read labels and files, count them, and stop")
     option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
     option("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
     option("--per-segment", action="store_true", help="train on segments, average outputs, as the authors do")
     option("--grid", choices=["full", "quick"], help="216 or 24 probes (default: full; for synth-* quick)")
-    option("--adapt", choices=list(ADAPTATIONS), metavar="METHOD", help=", ".join(ADAPTATIONS))
+    methods = ", ".join(ADAPTATIONS)
+    option("--adapt", choices=list(ADAPTATIONS), metavar="METHOD", help=f"train the encoder, too: {methods}")
     option("--lr", type=float, help="of --adapt (default: 1e-4; full 1e-5)")
     option("--steps", type=int, help=f"of --adapt, at most (default: {ADAPT_STEPS})")
     option("--rank", type=int, help="of lora (2), width of adapter (16), tokens of prefix, prompt (32)")
