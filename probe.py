@@ -1405,8 +1405,8 @@ def adapt_task(
 def fit_classifier(task, features, network, lr, steps, seed):
     """Train what is not frozen, and keep the weights of the best check. Returns [[step, loss, valid score]].
 
-    Adam; gradients are clipped to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes one random
-    segment of each of 16 clips. Raises ValueError if the loss is not finite.
+    Adam; gradients are clipped to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes one
+    random segment of each of 16 clips. Raises ValueError if the loss is not finite.
     """
     mel, rows = features.rows["mel"], torch.arange(len(features.clip_index))
     device = network.head[0].weight.device
@@ -1685,7 +1685,7 @@ def print_few_labels(results):
 
 def command_line():
     """The parser of the options that are probe.py's alone."""
-    parser = argparse.ArgumentParser(description="Probe a frozen encoder, adapt it, or just write embeddings.")
+    parser = argparse.ArgumentParser(description="Probe a frozen encoder, adapt it, or just write vectors.")
     option = parser.add_argument
     option("--check", action="store_true", help="read labels and files, count them, and stop")
     option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
