@@ -13,6 +13,7 @@ Next stage: model.py, whose input is a segment: (128 mel bands, 96 frames).
 
 import argparse
 import csv
+import fnmatch
 import hashlib
 import json
 import math
@@ -22,14 +23,13 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import warnings
 from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,19 +48,15 @@ N_MELS = 128  # bands (section 3.6)
 FRAMES = 96  # frames in a segment: "three seconds" (section 3.2)
 SEGMENT_SECONDS = (FRAMES - 1) * HOP / SAMPLE_RATE  # 3.04 s, the shortest clip with 96 centred frames
 FLOAT16_MAX = 65_504.0
-try:
-    CORES = len(os.sched_getaffinity(0))  # the cores that this process may use
-except AttributeError:  # not Linux
-    CORES = os.cpu_count()
+# The cores that this process may use; only Linux tells.
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # ------------------------------------------------------------------------------------------------------------
 # Sound
 # ------------------------------------------------------------------------------------------------------------
 
-AUDIO_SUFFIXES = {
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf"
-}  # fmt: skip
-FOREIGN_SUFFIXES = {".m4a", ".mp4", ".aac", ".wma", ".webm", ".mka", ".ape", ".wv", ".mpc", ".dsf", ".ac3"}
+AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf".split())
+FOREIGN_SUFFIXES = set(".m4a .mp4 .aac .wma .webm .mka .ape .wv .mpc .dsf .ac3".split())
 BLOCK = 2**20  # samples a channel that are read at once
 
 
@@ -232,17 +228,17 @@ def mel_segments(wave):
 # ------------------------------------------------------------------------------------------------------------
 
 
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _start_worker():
-    """Settings of a worker: one thread, stderr closed, SIGINT ignored; it exits with its parent."""
-
-    def exit_with_parent():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
+    """The first call in a worker: one thread, SIGINT ignored, stderr closed; it exits with its parent."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libmpg123 writes to stderr
-    threading.Thread(target=exit_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
 def _start_workers(count):
@@ -264,27 +260,26 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
     repeated one at a time; if a process dies again, a ValueError names its job by `name(*job)`.
     """
     workers, jobs = workers or CORES, iter(jobs)
-    depth = 4 * workers if workers > 1 else 1  # a single worker gets one job at a time
-    pending, results = deque(), deque()
+    ahead = 4 * workers if workers > 1 else 1  # a single worker gets one job at a time
+    waiting, results = deque(), deque()  # the jobs that have no result yet, and their futures
     pool = _start_workers(workers)
     try:
         while True:
-            for job in islice(jobs, depth - len(pending)):
-                pending.append(job)
+            for job in islice(jobs, ahead - len(waiting)):
+                waiting.append(job)
                 results.append(pool.submit(function, *job))
-            if not pending:
+            if not waiting:
                 return
-            result = results[0].result()
-            results.popleft()
-            pending.popleft()
+            result = results.popleft().result()
+            waiting.popleft()
             yield result
     except BrokenProcessPool as error:
         if workers == 1:
             causes = "out of memory, or the file crashes its decoder: then move it elsewhere and start again"
-            raise ValueError(f"{name(*pending[0])}: the process that worked on it died ({causes})") from error
+            raise ValueError(f"{name(*waiting[0])}: the process that worked on it died ({causes})") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    yield from in_workers(function, pending, 1, name)
+    yield from in_workers(function, waiting, 1, name)
     yield from in_workers(function, jobs, workers, name)
 
 
@@ -296,17 +291,20 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# The sorted files are cut into shards. A worker writes a shard's frames (shards/7.f16) and its lines of the
-# index (shards/7.jsonl) under other names and renames them when they are complete. When all shards exist they
-# are concatenated. A build that is interrupted at any moment loses only the shards that were not complete.
+# A shard is a few of the files. A worker writes its frames (shards-HASH/7.f16) and its lines of the index
+# (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on the
+# settings. When all shards exist they are concatenated. A build that is interrupted at any moment loses only
+# the shards that were not complete.
 # ------------------------------------------------------------------------------------------------------------
 
-SHARD_BYTES = 160e6  # of source files in a shard: about 1,000 clips of MP3
+SHARD_FILES = 32  # at most in a shard: about 1,000 clips if they are songs
+SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
 FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]
 
 
-def _file_clips(path, clip_seconds):
+def _file_clips(folder, clip_seconds, name):
     """The clips of one file as (offset in seconds, wave), read one at a time to bound the memory."""
+    path = folder / name
     with _open_sound(path) as sound:
         start = 0
         while len(block := _read(sound, start, round(clip_seconds * sound.samplerate))) > 0:
@@ -316,98 +314,69 @@ def _file_clips(path, clip_seconds):
         raise ValueError(f"{path}: holds no sound")
 
 
-def _embedded_clips(seed, number):
-    """Clip `number` of the embedded music, like a file of one clip."""
-    yield 0.0, synthesize(1, seed, number)[0][0]
+def _embedded_clips(seed, name):
+    """Clip N of the embedded music, whose name is "clip N", like a file of one clip."""
+    yield 0.0, synthesize(1, seed, int(name.removeprefix("clip ")))[0][0]
 
 
 def _checked_mel(wave):
-    """The mel (128, T) of a clip and None; or, for a clip that cannot be used, None and (kind, reason)."""
+    """The mel (128, T) of a clip and None; or, for a clip that cannot be used, None and [kind, reason]."""
     if not wave.isfinite().all():
-        return None, ("unreadable", "samples that are not finite numbers")
+        return None, ["unreadable", "samples that are not finite numbers"]
     if len(wave) < (FRAMES - 1) * HOP:
-        seconds = len(wave) / SAMPLE_RATE
-        return None, ("too short", f"{seconds:.2f} s, and a segment is {SEGMENT_SECONDS:.2f} s")
+        reason = f"{len(wave) / SAMPLE_RATE:.2f} s, and a segment is {SEGMENT_SECONDS:.2f} s"
+        return None, ["too short", reason]
     mel = _stored_mel(wave)  # of the whole clip, which is cut into segments later: see mel_segments
     if not mel.any():
-        return None, ("silent", "digital silence")
+        return None, ["silent", "digital silence"]
     return mel, None
 
 
-def _write_source(name, clips, arguments, frames_file):
-    """Write the frames of a source's clips. Returns its entry in the index and its seconds of sound."""
-    entry = {"file": name, "clips": [], "skipped": []}
-    seconds = 0.0
+def _clip_mels(name, clips):
+    """The clips of a file as (offset, mel, problem); the mel or the problem is None."""
+    end = 0.0
     try:
-        for offset, wave in clips(*arguments):
-            mel, problem = _checked_mel(wave)
-            if mel is None:
-                entry["skipped"].append([offset, *problem])
-            else:
-                frames_file.write(mel.T.contiguous().numpy())  # (T, 128)
-                entry["clips"].append([offset, mel.shape[1]])
-            seconds = offset + len(wave) / SAMPLE_RATE
+        for offset, wave in clips(name):
+            yield offset, *_checked_mel(wave)
+            end = offset + len(wave) / SAMPLE_RATE
     except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
-        reason = str(error).removeprefix(f"{arguments[0]}: ")
-        entry["skipped"].append([seconds, "unreadable", reason])
-    return entry, seconds
+        yield end, None, ["unreadable", str(error).split(f"{name}: ", 1)[-1]]
 
 
-def _write_shard(shard, sources, clips):
-    """In a worker: write SHARD.f16 and SHARD.jsonl from sources, which are (name, arguments of `clips`).
+def _write_shard(shard, names, clips):
+    """In a worker: write SHARD.f16 and SHARD.jsonl, the frames and the index of the files `names`.
 
-    Returns the number of sources and the seconds of sound. SHARD.now contains the name of the current source.
+    SHARD.now contains the name of the file that is being read.
     """
+    if os.path.exists(shard + ".jsonl"):  # by an earlier build that was interrupted
+        return
     part = f"{shard}.{os.getpid()}"  # another process may build the same corpus
-    total = 0.0
     with open(part + ".f16", "wb") as frames_file, open(part + ".jsonl", "w") as index:
-        for name, arguments in sources:
+        for name in names:
             Path(shard + ".now").write_text(json.dumps(name))
-            entry, seconds = _write_source(name, clips, arguments, frames_file)
+            entry = {"file": name, "clips": [], "skipped": []}
+            for offset, mel, problem in _clip_mels(name, clips):
+                if problem:
+                    entry["skipped"].append([offset, *problem])
+                else:
+                    frames_file.write(mel.T.contiguous().numpy())  # (T, 128)
+                    entry["clips"].append([offset, mel.shape[1]])
             index.write(json.dumps(entry) + "\n")
-            total += seconds
     os.replace(part + ".f16", shard + ".f16")
     os.replace(part + ".jsonl", shard + ".jsonl")  # the last: it means that the shard is complete
-    return len(sources), total
 
 
-def _source_at_work(shard, *_):
-    """Name of the source that the worker of this shard was processing."""
-    return json.loads(Path(shard + ".now").read_text())
-
-
-def _write_shards(out, folder, shards, clips, workers):
-    """Write every shard that does not exist yet, and show the progress."""
-    jobs, finished = [], 0
-    for number, sources in enumerate(shards):
-        shard = str(folder / str(number))
-        if os.path.exists(shard + ".jsonl"):
-            finished += len(sources)
-        else:
-            jobs.append((shard, sources, clips))
-    if not jobs:
-        return
-    files = sum(len(sources) for sources in shards)
-    started, seconds = time.monotonic(), 0.0
-    with tqdm(total=files, initial=finished, unit="file", desc=str(out), smoothing=0) as bar:
-        for count, length in in_workers(_write_shard, jobs, workers, _source_at_work):
-            seconds += length
-            speed = seconds / (time.monotonic() - started)
-            bar.set_postfix_str(f"{seconds / 3600:.2f} h of sound, {speed:.0f}x real time", refresh=False)
-            bar.update(count)
+def _file_at_work(shard, *_):
+    """Name of the file that the worker of this shard was reading."""
+    now = Path(shard + ".now")
+    return json.loads(now.read_text()) if now.exists() else "before the first file"
 
 
 def _join_shards(out, folder, count, settings):
-    """Concatenate the shards into mel.f16, index.jsonl and skipped.csv."""
-    totals = Counter()
+    """Concatenate the shards into mel.f16 and index.jsonl, and list what was skipped in skipped.csv."""
+    totals, skipped = Counter(), [("file", "offset", "kind", "reason")]
     part = f"{folder}/{os.getpid()}."
-    with (
-        open(part + "mel.f16", "wb") as mel,
-        open(part + "index.jsonl", "w") as index,
-        open(part + "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as skipped,
-    ):
-        table = csv.writer(skipped)
-        table.writerow(["file", "offset", "kind", "reason"])
+    with open(part + "mel.f16", "wb") as mel, open(part + "index.jsonl", "w") as index:
         index.write(json.dumps(settings) + "\n")
         for number in range(count):
             with open(folder / f"{number}.f16", "rb") as frames:
@@ -416,63 +385,47 @@ def _join_shards(out, folder, count, settings):
                 index.write(line + "\n")
                 entry = json.loads(line)
                 totals.update(clips=len(entry["clips"]), frames=sum(length for _, length in entry["clips"]))
-                for offset, kind, reason in entry["skipped"]:
-                    totals[kind] += 1
-                    table.writerow([entry["file"], offset, kind, reason])
+                totals.update(kind for _, kind, _ in entry["skipped"])
+                skipped += [(entry["file"], *problem) for problem in entry["skipped"]]
         index.write(json.dumps({"totals": totals}) + "\n")
+    with open(part + "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
+        csv.writer(table).writerows(skipped)
     for name in ("skipped.csv", "mel.f16", "index.jsonl"):  # the index last: it means that all is there
         os.replace(part + name, out / name)
 
 
-def _check_settings(out, found, settings):
-    """Raise ValueError if the corpus in `out` is or was to be built with other settings."""
-    if found == settings:
-        return
-    differences = [
-        f"{name} {found.get(name)!r} and not {value!r}"
-        for name, value in settings.items()
-        if name != "names_and_sizes" and found.get(name) != value
-    ]
-    differs = ", ".join(differences) or "files of other names or sizes"
-    advice = "delete it, or build another with `python data.py FOLDER --out NAME`"
-    raise ValueError(f"{out} was built with {differs}: {advice}")
+def _build(out, settings, names, clips, workers):
+    """Build the corpus `out` from the files `names`, or open it when it is finished. Returns the `Corpus`.
 
-
-def _begin(out, settings):
-    """Make the folder of a corpus, with the settings in shards.json until it is finished."""
-    begun = out / "shards.json"
-    names = os.listdir(out) if out.is_dir() else []
-    foreign = out.is_file() or any(not name.startswith("shards.") for name in names)
-    if foreign and not begun.exists():
-        raise ValueError(f"{out} exists and is not a corpus: choose another name")
-    out.mkdir(parents=True, exist_ok=True)
-    if not begun.exists():
-        part = out / f"shards.{os.getpid()}.json"
-        part.write_text(json.dumps(settings))
-        os.replace(part, begun)
-    _check_settings(out, json.loads(begun.read_text()), settings)
-    (out / "shards").mkdir(exist_ok=True)
-
-
-def _build(out, settings, shards, clips, workers):
-    """Build the corpus `out` from shards: lists of (name, arguments of `clips`). Returns the `Corpus`."""
+    `clips(name)` yields the clips of a file. Raises ValueError when `out` is a corpus with other settings, or
+    holds anything else.
+    """
     out = Path(out)
-    index, begun, folder = out / "index.jsonl", out / "shards.json", out / "shards"
-    if index.exists():
-        _check_settings(out, _read_index(out)[0], settings)
-    else:
+    found = os.listdir(out) if out.is_dir() else []
+    if "index.jsonl" not in found:
+        if out.is_file() or (found and not fnmatch.filter(found, SHARD_FOLDERS)):
+            raise ValueError(f"{out} exists and is not a corpus: choose another name")
+        folder = out / f"shards-{hashlib.sha1(json.dumps(settings).encode()).hexdigest()}"
+        size = max(1, min(SHARD_FILES, len(names) // 64))
+        shards = [names[start : start + size] for start in range(0, len(names), size)]
+        jobs = [(f"{folder}/{number}", shard, clips) for number, shard in enumerate(shards)]
         try:
-            _begin(out, settings)
-            _write_shards(out, folder, shards, clips, workers)
+            folder.mkdir(parents=True, exist_ok=True)
+            with tqdm(desc=str(out), total=len(names), unit="file") as bar:
+                for _, shard in zip(in_workers(_write_shard, jobs, workers, _file_at_work), shards):
+                    bar.update(len(shard))
             _join_shards(out, folder, len(shards), settings)
-        except FileNotFoundError:  # another process has finished the same corpus and removed the shards
-            if not index.exists():
+        except FileNotFoundError:  # another process has finished this corpus and removed the shards
+            if not (out / "index.jsonl").exists():
                 raise
+    for folder in out.glob(SHARD_FOLDERS):  # also those of interrupted builds with other settings
         shutil.rmtree(folder, ignore_errors=True)
-    if begun.exists():  # or the build was killed before it had removed the shards
-        shutil.rmtree(folder, ignore_errors=True)
-        begun.unlink(missing_ok=True)
-    return Corpus(out)
+    corpus = Corpus(out)
+    if corpus.settings != settings:
+        other = [f"{name} {value}" for name, value in corpus.settings.items() if settings.get(name) != value]
+        advice = "delete it, or build another with `python data.py FOLDER --out NAME`"
+        raise ValueError(f"{out} was built with other settings ({', '.join(other)}): {advice}")
+    return corpus
 
 
 def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
@@ -488,8 +441,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     if not folder.is_dir():
         raise ValueError(f"{audio_dir}: there is no such folder")
     if not SEGMENT_SECONDS <= clip_seconds < math.inf:
-        least = f"take at least {SEGMENT_SECONDS:.2f} s"
-        raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment: {least}")
+        raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment of {SEGMENT_SECONDS:.2f} s")
     names = audio_files(folder)
     if not names:
         suffixes = " ".join(sorted(AUDIO_SUFFIXES))
@@ -503,22 +455,15 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
         "clip_seconds": float(clip_seconds),
         "front_end": FRONT_END,
     }
-    # Laid end to end, the files are cut every shard_bytes; a file belongs to the shard in which it begins.
-    shard_bytes = max(1, min(SHARD_BYTES, sum(sizes) / 64))
-    shards, before = {}, 0
-    for name, size in zip(names, sizes):
-        arguments = (str(folder / name), clip_seconds)
-        shards.setdefault(before // shard_bytes, []).append((name, arguments))
-        before += size
-    return _build(out, settings, list(shards.values()), _file_clips, workers)
+    return _build(out, settings, names, partial(_file_clips, folder, clip_seconds), workers)
 
 
 def build_embedded_corpus(n_clips, seed, out, workers=None):
     """The first `n_clips` of the embedded music (see `synthesize`) as a corpus in the folder `out`."""
-    settings = {"source": f"embedded music, seed {seed}", "files": n_clips, "front_end": FRONT_END}
-    sources = [(f"clip {number}", (seed, number)) for number in range(n_clips)]
-    shards = [sources[start : start + 64] for start in range(0, n_clips, 64)]
-    return _build(out, settings, shards, _embedded_clips, workers)
+    source = f"embedded music, second edition, seed {seed}"
+    settings = {"source": source, "files": n_clips, "front_end": FRONT_END}
+    names = [f"clip {number}" for number in range(n_clips)]
+    return _build(out, settings, names, partial(_embedded_clips, seed), workers)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -529,28 +474,25 @@ def build_embedded_corpus(n_clips, seed, out, workers=None):
 def _read_index(path):
     """The index of the corpus in the folder `path`: settings, names of the files, clips, totals.
 
-    Clips are (n, 3) float64: number of the file, offset in seconds, frames. Totals are None when the line is
-    missing.
+    Clips are (n, 3) float64: number of the file, offset in seconds, frames.
     """
     index = Path(path) / "index.jsonl"
     if not index.is_file():
         raise ValueError(f"{path} is not a corpus: make one with `python data.py MUSIC_FOLDER --out {path}`")
-    files, clips, totals = [], array("d"), None
+    files, clips = [], array("d")
     try:
         with open(index, encoding="utf-8") as file:
-            settings = dict(json.loads(next(file, "{}")))
+            settings = dict(json.loads(next(file, "")))
             for line in file:
                 entry = json.loads(line)
                 if "totals" in entry:
-                    totals = entry["totals"]
-                    break
+                    return settings, files, torch.from_numpy(np.array(clips)).view(-1, 3), entry["totals"]
                 for offset, frames in entry["clips"]:
                     clips.extend((len(files), offset, frames))
                 files.append(entry["file"])
+        raise ValueError("the last line, the totals, is missing")
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{index} is damaged: delete {path} and build it again") from error
-    table = torch.tensor(np.frombuffer(clips), dtype=torch.float64).view(-1, 3)
-    return settings, files, table, totals
 
 
 class Corpus:
@@ -564,18 +506,17 @@ class Corpus:
     def __init__(self, path):
         self.path = path = Path(path)
         self.settings, self.files, clips, self.totals = _read_index(path)
-        if self.totals is None:
-            raise ValueError(f"{path} is not finished: delete it and build it again")
         if len(clips) == 0:
-            raise ValueError(f"{path}: none of {len(self.files)} files gave a clip, see {path}/skipped.csv")
+            reasons = f"none of {len(self.files)} files gave a clip, see {path}/skipped.csv"
+            raise ValueError(f"{path}: {reasons}; delete it before you build it again")
         self.file_of, self.offset, self.frames = clips[:, 0].long(), clips[:, 1].clone(), clips[:, 2].long()
         self.first = self.frames.cumsum(0) - self.frames
-        rows = int(self.frames.sum())
+        shape = int(self.frames.sum()), N_MELS
         size = (path / "mel.f16").stat().st_size if (path / "mel.f16").is_file() else 0
-        if size != rows * N_MELS * 2:
-            sizes = f"{path / 'mel.f16'} holds {size:,} bytes, and its index lists {rows * N_MELS * 2:,}"
+        if size != 2 * math.prod(shape):
+            sizes = f"{path}/mel.f16 holds {size:,} bytes, and its index lists {2 * math.prod(shape):,}"
             raise ValueError(f"{sizes}: delete {path} and build it again with the same command")
-        frames = np.memmap(path / "mel.f16", np.float16, "r", shape=(rows, N_MELS))
+        frames = np.memmap(path / "mel.f16", np.float16, "r", shape=shape)
         self._map = frames.base
         with warnings.catch_warnings():  # torch warns that the map cannot be written to
             warnings.simplefilter("ignore", UserWarning)
@@ -630,7 +571,6 @@ INSTRUMENTS = {  # amplitudes of the harmonics; attack in seconds; decay time in
     "square": (HARMONIC**-0.9 * (HARMONIC % 2), 0.01, 0.8),
     "bass": (HARMONIC**-1.7, 0.008, 0.6),
 }
-
 
 # Lowest and highest tempo in beats a minute; instruments of chords and melody; rhythms of chords, bass
 # ('x' starts a note) and drums ('k' kick, 's' snare, 'h' hat): one bar, a sign for each sixteenth.
@@ -709,6 +649,7 @@ def _compose(piece, rng):
     return notes
 
 
+@lru_cache(maxsize=64)
 def _tone(frequency, samples, instrument, tilt):
     """One note: a period, which is the sum of the harmonics below 7.8 kHz, is repeated under an envelope."""
     amplitudes, attack, decay = INSTRUMENTS[instrument]
@@ -731,18 +672,19 @@ def _drum(kind, rng):
 
 def _play(piece, notes, rng):
     """The sound of the notes: (160000,) float32. The clip begins anywhere in the first bar."""
-    sounds = {(1, 0, drum): _drum(drum, rng) for drum in "ksh"}  # notes of the same sound are made once
+    drums = {kind: _drum(kind, rng) for kind in "ksh"}
     wave = np.zeros(10 * SAMPLE_RATE, np.float32)
     sixteenth = 15 / piece.tempo * SAMPLE_RATE  # samples
     clip_start = rng.uniform(0, len(piece.chord_rhythm)) * sixteenth
     for start, length, pitch, lowest, instrument, level in notes:
-        pitch = lowest + (pitch - lowest) % 12
-        note = length, pitch, instrument
-        if note not in sounds:
+        if instrument in drums:
+            sound = drums[instrument]
+        else:
+            pitch = lowest + (pitch - lowest) % 12
             frequency = 440 * 2 ** ((pitch - 69 + piece.tuning) / 12)
-            sounds[note] = _tone(frequency, int(length * sixteenth), instrument, piece.tilt)
+            sound = _tone(frequency, int(length * sixteenth), instrument, piece.tilt)
         at = int(start * sixteenth - clip_start)
-        sound = sounds[note][max(0, -at) : max(0, len(wave) - at)]
+        sound = sound[max(0, -at) : max(0, len(wave) - at)]  # the part inside the clip
         wave[max(0, at) :][: len(sound)] += level * rng.uniform(0.7, 1) * sound
     power = np.mean(wave**2)
     wave += rng.standard_normal(len(wave), dtype=np.float32) * np.sqrt(power * 10 ** (piece.hiss / 10))
@@ -751,17 +693,15 @@ def _play(piece, notes, rng):
 
 def _label(piece, notes, rng):
     """The key, the style, the tags and the mood (arousal, valence) of a piece."""
-    players = {instrument for *_, instrument, _ in notes}
-    tags = [piece.drum_rhythm != "", piece.bass_rhythm != "", piece.melody, piece.minor]  # in TAGS' order
-    tags += [piece.tempo > 120, piece.tempo < 80, piece.tilt > 0.1, piece.tilt < -0.2]
-    tags += [len(players & {"flute", "brass"}) > 0, piece.hiss > -35]
+    drums = piece.drum_rhythm != ""
+    wind = any(instrument in ("flute", "brass") for *_, instrument, _ in notes)
+    tags = [drums, piece.bass_rhythm != "", piece.melody, piece.minor, piece.tempo > 120, piece.tempo < 80]
+    tags += [piece.tilt > 0.1, piece.tilt < -0.2, wind, piece.hiss > -35]  # in the order of TAGS
     fast, bright, loud = (piece.tempo - 100) / 30, (piece.tilt + 0.05) / 0.145, (piece.loudness + 27) / 5.2
-    drums, wind = tags[0] - 0.5, tags[8] - 0.5
-    arousal = 0.4 * fast + 0.1 * bright + 0.25 * loud + drums
-    valence = 0.3 * fast + 0.1 * bright + 0.7 * wind - 0.7 * piece.minor + 0.35
+    arousal = 0.4 * fast + 0.1 * bright + 0.25 * loud + drums - 0.5
+    valence = 0.3 * fast + 0.1 * bright + 0.7 * wind - 0.7 * piece.minor
     mood = np.tanh([arousal, valence] + rng.normal(0, 0.25, 2))
-    key, style = piece.tonic + 12 * piece.minor, list(STYLES).index(piece.style)
-    return key, style, [float(tag) for tag in tags], mood.tolist()
+    return piece.tonic + 12 * piece.minor, list(STYLES).index(piece.style), tags, mood
 
 
 def synthesize(n, seed, first=0):
@@ -777,8 +717,9 @@ def synthesize(n, seed, first=0):
         notes = _compose(piece, rng)
         waves.append(_play(piece, notes, rng))
         labels.append(_label(piece, notes, rng))
-    key, style, tags, mood = (torch.tensor(column) for column in zip(*labels))
-    return torch.from_numpy(np.stack(waves)), {"key": key, "style": style, "tags": tags, "mood": mood}
+    key, style, tags, mood = (torch.tensor(np.array(column)) for column in zip(*labels))
+    labels = {"key": key, "style": style, "tags": tags.float(), "mood": mood.float()}
+    return torch.from_numpy(np.stack(waves)), labels
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -791,10 +732,10 @@ def report(corpus):
     hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     kinds = [kind for kind in corpus.totals if kind not in ("clips", "frames")]
-    skipped = [f"{corpus.totals[kind]:,} {kind}" for kind in kinds]
-    if skipped:
+    if kinds:
+        skipped = ", ".join(f"{corpus.totals[kind]:,} {kind}" for kind in kinds)
         table = corpus.path / "skipped.csv"
-        print(f"skipped: {', '.join(skipped)}; listed in {table}")
+        print(f"skipped: {skipped}; listed in {table}")
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
             unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
             for row in islice(unreadable, 10):

@@ -446,6 +446,7 @@ class Objective(nn.Module):
     two_views = True  # whether rows i of both views are a pair
     mask = 0.9  # default mask ratio
     patches = (*PATCHES, "hybrid")  # the patch shapes that it can be used with
+    scheduled = False  # whether anything depends on the progress of the run
 
     def __init__(self, model, settings):
         super().__init__()
@@ -489,6 +490,8 @@ class TeacherObjective(Objective):
 
     The teacher's momentum rises from 0.996 to 1 on a cosine (Grill et al. 2020). It receives no gradient.
     """
+
+    scheduled = True
 
     def __init__(self, model, settings, *widths):
         super().__init__(model, settings)
@@ -675,6 +678,7 @@ class Data2vec(MaskedAutoencoder):
 
     mask = 0.65
     width = None
+    scheduled = True
 
     def __init__(self, model, settings):
         super().__init__(model, settings)

@@ -507,7 +507,7 @@ def train(args, checkpoint=None):
     settings |= {"steps": args.steps, "planned_steps": planned}
     log_path = start_log(args.out, {**settings, "clips": len(clips), "device": str(device)}, checkpoint)
     say(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} in an epoch, on {device}")
-    if args.steps > planned and args.objective != "contrast":
+    if args.steps > planned and objective.scheduled:
         say(f"Schedules end at step {planned:,}, as planned when the run began.")
 
     interval = 10 if device.type == "cuda" else 1  # steps between log lines: reading the figures waits

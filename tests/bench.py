@@ -1,4 +1,4 @@
-"""How fast, against the obvious way of doing the same work in the same run, and against what the machine can do.
+"""How fast: against the obvious way of doing the same work in the same run, and against the machine.
 
     python tests/bench.py            all of it, minutes on two CPU cores; with a GPU, on that
     python tests/bench.py step grid  some of it: mel, corpus, pairs, step, objectives, ranks, grid, faults
@@ -30,7 +30,8 @@ from torch.nn import functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from data import (  # noqa: E402
-    CORES, FRAMES, HOP, N_FFT, N_MELS, SAMPLE_RATE, Corpus, build_corpus, build_embedded_corpus, load_audio, mel_filterbank, mel_spectrogram
+    CORES, FRAMES, HOP, N_FFT, N_MELS, SAMPLE_RATE, Corpus,
+    build_corpus, build_embedded_corpus, load_audio, mel_filterbank, mel_spectrogram,
 )  # fmt: skip
 from model import OBJECTIVES, SIZES, Config, Myna, info_nce, patchify  # noqa: E402
 from probe import GRID, fit_grid  # noqa: E402
@@ -65,7 +66,11 @@ def machine():
 def line(name, unit, ours, obvious=None, limit=None):
     """One row of the table; figures are per second, more is better."""
     cells = [f"{name:<44}", f"{ours:>12,.0f}", f"{obvious:>12,.0f}" if obvious else " " * 12]
-    cells += [f"{ours / obvious:>7.1f}x" if obvious else " " * 8, f"{limit:>14,.0f} {ours / limit:>5.0%}" if limit else " " * 20, f"  {unit}"]
+    cells += [
+        f"{ours / obvious:>7.1f}x" if obvious else " " * 8,
+        f"{limit:>14,.0f} {ours / limit:>5.0%}" if limit else " " * 20,
+        f"  {unit}",
+    ]
     print("".join(cells).rstrip(), flush=True)
 
 
@@ -73,7 +78,9 @@ def bench_mel(flops, copy):
     """The mel front end, against an STFT as a convolution with windowed sines and cosines."""
     waves = torch.randn(64 if GPU else 8, 10 * SAMPLE_RATE, device=DEVICE)
     angle = 2 * torch.pi * torch.outer(torch.arange(N_FFT // 2 + 1), torch.arange(N_FFT)) / N_FFT
-    kernels = (torch.stack([angle.cos(), angle.sin()]) * torch.hann_window(N_FFT)).view(-1, 1, N_FFT).to(DEVICE)
+    kernels = (
+        (torch.stack([angle.cos(), angle.sin()]) * torch.hann_window(N_FFT)).view(-1, 1, N_FFT).to(DEVICE)
+    )
     bank = mel_filterbank().to(DEVICE)
 
     def convolution():
@@ -82,13 +89,21 @@ def bench_mel(flops, copy):
 
     assert torch.allclose(convolution(), mel_spectrogram(waves), rtol=1e-2, atol=1e-2)
     sound = waves.numel() / SAMPLE_RATE
-    operations = waves.numel() / HOP * (2.5 * N_FFT * np.log2(N_FFT) + 2 * N_MELS * (N_FFT // 2 + 1))  # a real FFT, the bank
+    operations = (
+        waves.numel() / HOP * (2.5 * N_FFT * np.log2(N_FFT) + 2 * N_MELS * (N_FFT // 2 + 1))
+    )  # a real FFT, the bank
     limit = sound / (operations / flops)
-    line("mel of 10 s waves, not a convolution", "seconds of sound", sound / seconds(lambda: mel_spectrogram(waves)), sound / seconds(convolution), limit)
+    line(
+        "mel of 10 s waves, not a convolution",
+        "seconds of sound",
+        sound / seconds(lambda: mel_spectrogram(waves)),
+        sound / seconds(convolution),
+        limit,
+    )
 
 
 def bench_corpus(flops, copy):
-    """A folder of four hours a core into a corpus, against one file after the other; the limit is decoding alone."""
+    """Four hours a core into a corpus, against one file after the other; the limit is decoding alone."""
     with tempfile.TemporaryDirectory() as folder:
         music, generator = Path(folder, "music"), np.random.default_rng(0)
         music.mkdir()
@@ -101,7 +116,10 @@ def bench_corpus(flops, copy):
 
         def one_by_one():
             for path in some:
-                np.save(path.with_suffix(".npy"), mel_spectrogram(torch.as_tensor(load_audio(path))).half().numpy())
+                np.save(
+                    path.with_suffix(".npy"),
+                    mel_spectrogram(torch.as_tensor(load_audio(path))).half().numpy(),
+                )
 
         started = time.perf_counter()
         with open(os.devnull, "w") as nowhere:
@@ -115,7 +133,7 @@ def bench_corpus(flops, copy):
 
 
 def fake_corpus(path, clips):
-    """A corpus of ten-second clips of noise: a few megabytes of it, over and over, with an index that fits."""
+    """A corpus of ten-second clips of noise: a few megabytes of it, repeated, with an index that fits."""
     path.mkdir()
     frames = 10 * SAMPLE_RATE // HOP + 1
     block = torch.randn(64 * frames, N_MELS).exp().half().numpy().tobytes()
@@ -123,7 +141,11 @@ def fake_corpus(path, clips):
         for _ in range(clips // 64):
             file.write(block)
     clips = clips // 64 * 64
-    entries = [{"source": "noise"}, {"file": "noise", "clips": [[10.0 * i, frames] for i in range(clips)]}, {"totals": {}}]
+    entries = [
+        {"source": "noise"},
+        {"file": "noise", "clips": [[10.0 * i, frames] for i in range(clips)]},
+        {"totals": {}},
+    ]
     (path / "index.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     return Corpus(path)
 
@@ -144,14 +166,18 @@ class Pickled(torch.utils.data.Dataset):
 
 
 def bench_pairs(flops, copy):
-    """Pairs of segments from a corpus, against clips pickled one a file behind a DataLoader with as many workers as cores."""
+    """Pairs from a corpus, against clips pickled one a file behind a DataLoader with a worker a core."""
     with tempfile.TemporaryDirectory() as folder:
         corpus = fake_corpus(Path(folder, "corpus"), 4096)
         for i in range(len(corpus)):
             rows = corpus.mel[corpus.first[i] : corpus.first[i] + corpus.frames[i]]
             Path(folder, f"{i}.pickle").write_bytes(pickle.dumps(rows.T.contiguous()))
-        batch = max(32, 512 // CORES)  # what the workers have ready stays in shared memory, of which containers have little
-        loader = torch.utils.data.DataLoader(Pickled(folder, len(corpus)), batch, shuffle=True, num_workers=CORES)
+        batch = max(
+            32, 512 // CORES
+        )  # what the workers have ready stays in shared memory, of which containers have little
+        loader = torch.utils.data.DataLoader(
+            Pickled(folder, len(corpus)), batch, shuffle=True, num_workers=CORES
+        )
         if GPU:
             corpus.to(DEVICE)
         generator = torch.Generator(DEVICE).manual_seed(0)
@@ -165,37 +191,59 @@ def bench_pairs(flops, copy):
                 torch.stack(views).to(DEVICE)
 
         limit = copy / (2 * 2 * FRAMES * N_MELS * 2)  # two views, read and written
-        line("pairs from a memory map, not from pickles", "pairs", len(corpus) / seconds(ours), len(corpus) / seconds(obvious, 1), limit)
+        line(
+            "pairs from a memory map, not from pickles",
+            "pairs",
+            len(corpus) / seconds(ours),
+            len(corpus) / seconds(obvious, 1),
+            limit,
+        )
 
 
 def train(folder, name, *arguments, processes=1, threads=None):
     """train.py as people run it: the median of its pairs a second over the second half of its steps."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--out", f"runs/{name}", *map(str, arguments)]
+    command = [
+        sys.executable,
+        *launcher,
+        str(ROOT / "train.py"),
+        "--out",
+        f"runs/{name}",
+        *map(str, arguments),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)} if threads else None
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    speeds = [json.loads(text)["pairs_per_second"] for text in Path(folder, "runs", name, "log.jsonl").read_text().splitlines()[1:]]
+    speeds = [
+        json.loads(text)["pairs_per_second"]
+        for text in Path(folder, "runs", name, "log.jsonl").read_text().splitlines()[1:]
+    ]
     return statistics.median(speeds[len(speeds) // 2 :])
 
 
 def operations_of_a_pair(size):
-    """Forward and backward of both views through tokenizer and encoder, five tokens each, a multiplication and an addition as two."""
+    """Operations of a pair, forward and backward: two views of five tokens. A multiply-add counts two."""
     dim, depth, _, hidden = SIZES[size]
     return 2 * KEPT * 3 * 2 * (256 * dim + depth * (4 * dim**2 + 2 * dim * hidden + 2 * KEPT * dim))
 
 
 def obvious_steps(corpus, size, patch, batch):
-    """Pairs a second when all tokens are projected first, and then a mask is drawn for one example after the other."""
+    """Pairs a second when all tokens are projected, and a mask is drawn for one example after the other."""
     torch.manual_seed(0)
     model = Myna(Config(size, patch)).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), 3e-4)
     generator = torch.Generator().manual_seed(0)
 
     def step():
-        views = corpus.sample_pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device)).to(DEVICE).flatten(0, 1)
+        views = (
+            corpus.sample_pairs(torch.randint(len(corpus), (batch,)), torch.Generator(corpus.mel.device))
+            .to(DEVICE)
+            .flatten(0, 1)
+        )
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=GPU):
-            tokens = model.to_patch_embedding[patch](patchify(views, patch).float()) + getattr(model, f"position_{patch}")
+            tokens = model.to_patch_embedding[patch](patchify(views, patch).float()) + getattr(
+                model, f"position_{patch}"
+            )
             kept = [row[torch.randperm(TOKENS, generator=generator)[:KEPT].to(DEVICE)] for row in tokens]
             z = model.projector(model.transformer(torch.stack(kept)).mean(dim=1))
         info_nce(*z.unflatten(0, (2, -1))).backward()
@@ -206,7 +254,7 @@ def obvious_steps(corpus, size, patch, batch):
 
 
 def bench_step(flops, copy):
-    """Training steps through train.py's own loop, data included: on a GPU the paper's batch, bfloat16 and a large corpus."""
+    """Steps through train.py's own loop; on a GPU with the paper's batch, bfloat16 and a large corpus."""
     size, batch, steps, clips = "vit-s", 64, 6, 1024
     if GPU:  # 24 GB of corpus, or a third of a smaller card
         batch, steps, clips = 4096, 400, min(300_000, torch.cuda.mem_get_info()[1] // (3 * 313 * 256))
@@ -217,20 +265,39 @@ def bench_step(flops, copy):
         corpus = fake_corpus(Path(folder, "noise"), clips)
         limit = flops / operations_of_a_pair(size)
         run = ["--data", "noise", "--size", size, "--batch", batch, "--steps", steps]
-        ours = {patch: train(folder, patch, *run, "--patch", patch) for patch in ("square", "vertical", "hybrid")}
+        ours = {
+            patch: train(folder, patch, *run, "--patch", patch) for patch in ("square", "vertical", "hybrid")
+        }
         if GPU:
             corpus.to(DEVICE)
         for patch in ("square", "vertical"):
-            line(f"step of {batch} pairs, {size} {patch}", "pairs", ours[patch], obvious_steps(corpus, size, patch, batch), limit)
+            line(
+                f"step of {batch} pairs, {size} {patch}",
+                "pairs",
+                ours[patch],
+                obvious_steps(corpus, size, patch, batch),
+                limit,
+            )
         line(f"step of {batch} pairs, {size} hybrid", "pairs", ours["hybrid"], limit=limit / 2)
 
 
 def bench_objectives(flops, copy):
-    """What a teacher or a decoder costs: steps with each objective, against Myna's own (obvious: contrast)."""
+    """What a teacher or a decoder costs: steps of each objective; "obvious" is contrast."""
     batch, steps = (1024, 60) if GPU else (64, 4)
     with tempfile.TemporaryDirectory() as folder:
         fake_corpus(Path(folder, "noise"), 2048 if GPU else 1024)
-        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", batch, "--steps", steps]
+        run = [
+            "--data",
+            "noise",
+            "--patch",
+            "vertical",
+            "--size",
+            "vit-s",
+            "--batch",
+            batch,
+            "--steps",
+            steps,
+        ]
         contrast = None
         for name in OBJECTIVES:
             speed = train(folder, name, *run, "--objective", name)
@@ -244,15 +311,36 @@ def bench_ranks(flops, copy):
         return print("ranks: one core only, left out")
     with tempfile.TemporaryDirectory() as folder:
         fake_corpus(Path(folder, "noise"), 1024)
-        run = ["--data", "noise", "--patch", "vertical", "--size", "vit-s", "--batch", 256, "--steps", 4, "--device", "cpu"]
+        run = [
+            "--data",
+            "noise",
+            "--patch",
+            "vertical",
+            "--size",
+            "vit-s",
+            "--batch",
+            256,
+            "--steps",
+            4,
+            "--device",
+            "cpu",
+        ]
         one = train(folder, "one", *run, threads=1)
-        line("ranks: two against one, 256 pairs of ViT-S", "pairs", train(folder, "two", *run, processes=2, threads=1), one, 2 * one)
+        line(
+            "ranks: two against one, 256 pairs of ViT-S",
+            "pairs",
+            train(folder, "two", *run, processes=2, threads=1),
+            one,
+            2 * one,
+        )
 
 
 def bench_grid(flops, copy):
-    """Probes on features of GTZAN's size (443 x 384, 10 classes) side by side, against one configuration after the other."""
+    """Probes on features of GTZAN's size (443 x 384, 10 classes), against one after the other."""
     generator = torch.Generator().manual_seed(0)
-    train = torch.randn(443, 384, generator=generator).to(DEVICE), torch.randint(10, (443,), generator=generator).to(DEVICE)
+    train = torch.randn(443, 384, generator=generator).to(DEVICE), torch.randint(
+        10, (443,), generator=generator
+    ).to(DEVICE)
     for hidden, name, steps in (((), "linear", 200), ((512,), "MLP of 512", 16)):
         for batch in (64, 256):
             chosen = [c for c in GRID if c.hidden == hidden and c.batch == batch]
@@ -261,7 +349,13 @@ def bench_grid(flops, copy):
             alone = seconds(lambda: [fit([c]) for c in chosen], 1)
             values = sum(a * b for a, b in zip((384, *hidden), (*hidden, 10)))
             work = len(chosen) * steps
-            line(f"grid of {len(chosen)} probes, {name}, batch {batch}", "probe steps", work / together, work / alone, flops / (6 * batch * values))
+            line(
+                f"grid of {len(chosen)} probes, {name}, batch {batch}",
+                "probe steps",
+                work / together,
+                work / alone,
+                flops / (6 * batch * values),
+            )
 
 
 def bench_faults(flops, copy):
@@ -271,7 +365,21 @@ def bench_faults(flops, copy):
             stderr, sys.stderr = sys.stderr, nowhere
             build_embedded_corpus(64, 0, Path(folder, "small"))
             sys.stderr = stderr
-        run = ["--data", "small", "--size", "tiny", "--batch", 16, "--steps", 200, "--save-minutes", 1e-9, "--resume", "--device", "cpu"]
+        run = [
+            "--data",
+            "small",
+            "--size",
+            "tiny",
+            "--batch",
+            16,
+            "--steps",
+            200,
+            "--save-minutes",
+            1e-9,
+            "--resume",
+            "--device",
+            "cpu",
+        ]
         train(folder, "whole", *run)
         chance, kills = random.Random(0), 0
         log = Path(folder, "runs/killed/log.jsonl")
@@ -290,21 +398,34 @@ def bench_faults(flops, copy):
             if process.returncode == 0:
                 break
         train(folder, "killed", *run)
-        a, b = (torch.load(Path(folder, "runs", name, "checkpoint.pt"), weights_only=True)["model"] for name in ("whole", "killed"))
+        a, b = (
+            torch.load(Path(folder, "runs", name, "checkpoint.pt"), weights_only=True)["model"]
+            for name in ("whole", "killed")
+        )
         same = all(torch.equal(a[name], b[name]) for name in a)
-        print(f"faults: killed {kills} times at random moments of 200 steps and resumed: weights {'the same to the bit' if same else 'DIFFER'}")
+        print(
+            f"faults: killed {kills} times at random moments of 200 steps and resumed: "
+            f"weights {'the same to the bit' if same else 'DIFFER'}"
+        )
         assert same
 
 
 def main():
     """The table."""
-    stages = {name.removeprefix("bench_"): stage for name, stage in globals().items() if name.startswith("bench_")}
+    stages = {
+        name.removeprefix("bench_"): stage for name, stage in globals().items() if name.startswith("bench_")
+    }
     parser = argparse.ArgumentParser(description="How fast, against the obvious way and against the machine.")
-    parser.add_argument("stages", nargs="*", choices=[*stages, "all"], default="all", metavar="STAGE", help=", ".join(stages))
+    parser.add_argument(
+        "stages", nargs="*", choices=[*stages, "all"], default="all", metavar="STAGE", help=", ".join(stages)
+    )
     asked = parser.parse_args().stages
     flops, copy = machine()
     name = torch.cuda.get_device_name() if GPU else f"CPU, {CORES} cores, {torch.get_num_threads()} threads"
-    print(f"{name}: {flops / 1e9:,.0f} GFLOP/s in a matrix product, {copy / 1e9:,.1f} GB/s in a copy; figures a second, more is better\n")
+    print(
+        f"{name}: {flops / 1e9:,.0f} GFLOP/s in a matrix product, {copy / 1e9:,.1f} GB/s in a copy; "
+        "figures a second, more is better\n"
+    )
     print(f"{'':<44}{'ours':>12}{'obvious':>12}{'ratio':>8}{'limit':>14}{'of it':>6}")
     for stage in stages if "all" in asked else asked:
         stages[stage](flops, copy)
