@@ -167,6 +167,8 @@ class Config:
 class Myna(nn.Module):
     """A tokenizer for each patch shape in use, the shared encoder, and the projector."""
 
+    adaptation = None  # the modules that `adapt` inserted: {"method": name, "size": number or None}
+
     def __init__(self, config=Config()):
         super().__init__()
         self.config = config
@@ -311,7 +313,8 @@ def save_model(model, path, **extra):
     what was at `path` is then unchanged.
     """
     contents = io.BytesIO()  # torch's own writer does not tell a full disk from other errors
-    torch.save({"config": asdict(model.config), "model": model.state_dict(), **extra}, contents)
+    settings = {"config": asdict(model.config), "adaptation": model.adaptation}
+    torch.save({**settings, "model": model.state_dict(), **extra}, contents)
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as file:
@@ -345,8 +348,8 @@ def load_model(path, patch=None):
     """A model, ready to embed, from a checkpoint of train.py or from one of the authors' released files.
 
     A released file with one tokenizer does not tell the shape of its patches, so `patch` must name it.
-    Released files hold no projector; its weights stay as initialised. Raises ValueError that tells what was
-    expected and what was found.
+    Released files hold no projector; its weights stay as initialised. Adapted models come back with the
+    modules that `adapt` inserted. Raises ValueError that tells what was expected and what was found.
     """
     contents = read_checkpoint(path)
     released = not {"config", "model"} <= contents.keys()
@@ -365,6 +368,14 @@ def load_model(path, patch=None):
         raise ValueError(f"{path}: expected a model with {patch} patches, {found}")
 
     model = Myna(config)
+    if contents.get("adaptation"):
+        try:
+            adapt(model, **contents["adaptation"])
+        except (TypeError, ValueError) as error:
+            found = contents["adaptation"]
+            expected = "expected the method and size of an adaptation"
+            raise ValueError(f"{path}: {expected}, found {found}") from error
+    add_biases(model, weights)
     state = model.state_dict()
     for name, initial in state.items():
         found = weights.get(name)
@@ -768,3 +779,191 @@ OBJECTIVES = {
     "data2vec": Data2vec,
     "hubert": Hubert,
 }
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Adaptation: train the encoder, or few parameters of it, on labelled clips (python probe.py --adapt METHOD)
+#
+# The model is frozen. What is trained is some of its parameters, or small new modules around its own.
+# Methods and settings are those of arXiv 2411.19371, which compares them on two other music models.
+# -----------------------------------------------------------------------------------------------------------
+
+
+class Lora(nn.Module):
+    """LoRA (Hu et al. 2022): a change of low rank to a linear layer, W x + b + B A x.
+
+    A is (rank, in) and B (out, rank). B is zero at the start, so that nothing changes before training.
+    """
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear = linear
+        self.a = nn.Linear(linear.in_features, rank, bias=False)  # Kaiming, torch's default
+        self.b = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.b.weight)
+
+    def forward(self, x):
+        return self.linear(x) + self.b(self.a(x))
+
+    def merged(self):
+        self.linear.weight += self.b.weight @ self.a.weight
+        return self.linear
+
+
+class Ssf(nn.Module):
+    """SSF (Lian et al. 2022): scale and shift each output of a linear layer, gamma (W x + b) + beta.
+
+    gamma is drawn from N(1, 0.02) and beta from N(0, 0.02), so that the output changes a little at once.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+        self.gamma = nn.Parameter(1 + 0.02 * torch.randn(linear.out_features))
+        self.beta = nn.Parameter(0.02 * torch.randn(linear.out_features))
+
+    def forward(self, x):
+        return self.gamma * self.linear(x) + self.beta
+
+    def merged(self):
+        bias = 0 if self.linear.bias is None else self.linear.bias
+        self.linear.weight *= self.gamma[:, None]
+        self.linear.bias = nn.Parameter(self.gamma * bias + self.beta)
+        return self.linear
+
+
+class Adapter(nn.Module):
+    """Adapter (Houlsby et al. 2019): two small linear layers after a sublayer, y + W_up GELU(W_down y).
+
+    y is the output of attention or feed-forward, before it is added to its input. W_up and both biases are
+    zero at the start. The LayerNorms of the layers are trained, too.
+    """
+
+    def __init__(self, sublayer, bottleneck):
+        super().__init__()
+        self.sublayer = sublayer
+        dim = next(sublayer.parameters()).shape[0]  # of its LayerNorm
+        self.down = nn.Linear(dim, bottleneck)
+        self.up = nn.Linear(bottleneck, dim)
+        for zero in (self.down.bias, self.up.weight, self.up.bias):
+            nn.init.zeros_(zero)
+
+    def forward(self, x):
+        y = self.sublayer(x)
+        return y + self.up(F.gelu(self.down(y)))
+
+
+class Prefix(nn.Module):
+    """Prefix tuning (Li and Liang 2021): learned keys and values in front of those of an attention.
+
+    Every token attends to them as well. Adapted: they are trained directly, not through an MLP.
+    """
+
+    def __init__(self, attention, tokens):
+        super().__init__()
+        self.attention = attention
+        dim = attention.to_out.in_features
+        self.keys = nn.Parameter(0.02 * torch.randn(tokens, dim))
+        self.values = nn.Parameter(0.02 * torch.randn(tokens, dim))
+
+    def forward(self, x):
+        attention = self.attention
+        q, k, v = attention.to_qkv(attention.norm(x)).chunk(3, dim=2)  # (B, K, D) each
+        k = torch.cat([self.keys.to(k.dtype).expand(len(x), -1, -1), k], dim=1)  # (B, tokens + K, D)
+        v = torch.cat([self.values.to(v.dtype).expand(len(x), -1, -1), v], dim=1)
+        q, k, v = (part.unflatten(2, (attention.heads, -1)).transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, K, D / heads)
+        return attention.to_out(out.transpose(1, 2).flatten(2))  # (B, K, D)
+
+
+class Prompt(nn.Module):
+    """Prompt tuning (Lester et al. 2021): learned tokens in front of the sequence of the transformer.
+
+    Adapted: their outputs are dropped, so that an embedding is the mean over the patches' tokens alone.
+    """
+
+    def __init__(self, transformer, tokens):
+        super().__init__()
+        self.transformer = transformer
+        self.tokens = nn.Parameter(0.02 * torch.randn(tokens, len(transformer.norm.weight)))
+
+    def forward(self, x):
+        x = torch.cat([self.tokens.expand(len(x), -1, -1), x], dim=1)  # (B, tokens + K, D)
+        return self.transformer(x)[:, len(self.tokens) :]  # (B, K, D)
+
+
+# Method: default size (LoRA's rank, the width of an adapter, the number of prefix or prompt tokens).
+ADAPTATIONS = {"full": None, "lora": 2, "adapter": 16, "ssf": None, "bitfit": None}
+ADAPTATIONS |= {"prefix": 32, "prompt": 32, "head": None}
+
+
+def adapt(model, method, size=None):
+    """Put a method of ADAPTATIONS into a Myna, in place. Returns the list of its trained parameters.
+
+    All other parameters are frozen, and the projector always. "full" is fine-tuning; "bitfit" trains the
+    transformer's biases (Ben Zaken et al. 2022; its attention has none); "head" trains nothing in the
+    encoder. Raises ValueError for an unknown method, a wrong size, and a model with inserted modules.
+    """
+    if method not in ADAPTATIONS:
+        raise ValueError(f"adaptation {method!r}: it must be one of {', '.join(ADAPTATIONS)}")
+    if model.adaptation:
+        raise ValueError(f"this model has been adapted before, with {model.adaptation['method']}")
+    default = ADAPTATIONS[method]
+    if size is not None and (default is None or not 1 <= size <= 1024):
+        raise ValueError(f"size {size}: from 1 to 1024 for lora, adapter, prefix or prompt; none for others")
+    size = size or default
+    transformer = model.transformer
+
+    model.requires_grad_(False)  # the modules inserted below are new, and therefore trained
+    if method == "full":
+        model.to_patch_embedding.requires_grad_()
+        transformer.requires_grad_()
+    elif method == "lora":
+        replace_modules(transformer, nn.Linear, lambda linear: Lora(linear, size))
+    elif method == "adapter":
+        replace_modules(transformer, (Attention, FeedForward), lambda sublayer: Adapter(sublayer, size))
+        for module in transformer.layers.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.requires_grad_()
+    elif method == "ssf":
+        replace_modules(transformer, nn.Linear, Ssf)
+    elif method == "bitfit":
+        for name, parameter in transformer.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+    elif method == "prefix":
+        replace_modules(transformer, Attention, lambda attention: Prefix(attention, size))
+    elif method == "prompt":
+        model.transformer = Prompt(transformer, size)
+
+    if method in ("lora", "adapter", "ssf", "prefix", "prompt"):
+        model.adaptation = {"method": method, "size": size}
+    model.to(model.projector[0].weight.device)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def replace_modules(parent, kind, wrap):
+    """Put wrap(module) in the place of every module of class `kind` below `parent`."""
+    for name, module in list(parent.named_children()):
+        if isinstance(module, kind):
+            setattr(parent, name, wrap(module))
+        else:
+            replace_modules(module, kind, wrap)
+
+
+@torch.no_grad()
+def merge(model):
+    """Compute LoRA and SSF into the weights of the linear layers, in place. Other methods stay as they are.
+
+    The vectors do not change, and the model costs no more than before. SSF gives biases to the linear layers
+    of the attention.
+    """
+    replace_modules(model.transformer, (Lora, Ssf), lambda module: module.merged())
+    if model.adaptation and model.adaptation["method"] in ("lora", "ssf"):
+        model.adaptation = None
+
+
+def add_biases(model, weights):
+    """Give a bias to each linear layer without one for which `weights` holds one (see `merge`)."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.bias is None and f"{name}.bias" in weights:
+            module.bias = nn.Parameter(torch.zeros(module.out_features))

@@ -9,6 +9,8 @@ split (section 4.4 and Appendix C of the paper, after Castellon et al. 2021, "Ju
     python probe.py --task gtzan                             a data set in datasets/gtzan; DATASETS lists them
     python probe.py --task my_labels.csv                     your own labelled clips
     python probe.py --task gtzan --features mfcc             a hand-made feature; also --checkpoint random
+    python probe.py --task gtzan --adapt lora                train a few parameters of the encoder as well
+    python probe.py --task gtzan --labels 0.01 0.1 1         how the score depends on the number of labels
     python probe.py --embed MUSIC_FOLDER --out vectors.npz   only the embeddings, one row per file
 
 The authors' evaluation code differs from the protocol that the paper names, and from this file: it chooses
@@ -18,6 +20,7 @@ first point, the scores in Table 1 of the paper may be slightly too high.
 """
 
 import argparse
+import copy
 import csv
 import hashlib
 import itertools
@@ -26,22 +29,27 @@ import math
 import os
 import re
 import sys
+import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 import torch
+from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import data
 from data import AUDIO_SUFFIXES, CORES, KEYS, N_FFT, SAMPLE_RATE, STYLES, TAGS
 from data import audio_files, in_workers, load_audio, mel_segments, mel_spectrogram
-from model import PATCHES, SIZES, Config, Myna, load_model, read_checkpoint
+from model import ADAPTATIONS, PATCHES, SIZES, Config, Myna
+from model import adapt, load_model, merge, read_checkpoint, save_model
 
 # ------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -738,27 +746,33 @@ def _embed(task, encoders, corrupt, device, workers, label):
             _add_rows(features[name], encoder, inputs, bool(corrupt), device)
         batch.clear()
 
-    jobs = ((clip, functions, corrupt) for clip in task.clips)
-    results = tqdm(in_workers(_describe, jobs, workers or CORES), label, len(task.clips), unit="clip")
-    for number, (clip, (arrays, own_labels, reason)) in enumerate(zip(task.clips, results)):
-        if reason:
-            labels.append(None)
-            skipped.append([str(clip.path), reason])
-            continue
-        labels.append(own_labels[task.name.removeprefix("synth-")] if own_labels else clip.label)
+    for number, arrays in _describe_task(task, functions, corrupt, workers, label, labels, skipped):
         batch[number] = {function: torch.from_numpy(array) for function, array in zip(functions, arrays)}
         size += max(array.shape[0] * array.shape[1] for array in arrays)
         if size >= 1024:
             encode_batch()
             size = 0
-    if len(skipped) == len(labels):
-        raise ValueError(f"{task.name}: no clip could be read; the first: {skipped[0][1]}")
     if batch:
         encode_batch()
     for found in features.values():
         found.rows = {name: torch.cat(rows) for name, rows in found.rows.items()}
         found.clip_index = torch.tensor(found.clip_index)
     return features
+
+
+def _describe_task(task, functions, corrupt, workers, label, labels, skipped):
+    """Yield (number, arrays of `_describe`) of each clip that can be read; fill `labels` and `skipped`."""
+    jobs = ((clip, functions, corrupt) for clip in task.clips)
+    results = tqdm(in_workers(_describe, jobs, workers or CORES), label, len(task.clips), unit="clip")
+    for number, (clip, (arrays, own_labels, reason)) in enumerate(zip(task.clips, results)):
+        if reason:
+            labels.append(None)
+            skipped.append([str(clip.path), reason])
+        else:
+            labels.append(own_labels[task.name.removeprefix("synth-")] if own_labels else clip.label)
+            yield number, arrays
+    if len(skipped) == len(labels):
+        raise ValueError(f"{task.name}: no clip could be read; the first: {skipped[0][1]}")
 
 
 def _describe(clip, functions, corrupt):
@@ -1259,25 +1273,33 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu", pa
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
     targets, outputs, groups = predict(task, features, rows[name], winner, per_segment, device)
+    results = test_results(task, features, targets, outputs, groups)
+    results |= {
+        "representation": name,
+        "valid": {name: best.valid for name, (_, best) in fitted.items()},
+        "winner": winner.configuration._asdict(),
+        "grid": {},
+    }
+    for name, (probes, _) in fitted.items():
+        results["grid"][name] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
+    return results
+
+
+def test_results(task, features, targets, outputs, groups):
+    """What the results of all methods have in common, from what `predict` returns for the test split."""
     scores, interval, unit = score_test(task, targets, outputs, groups)
     counts = Counter(clip.split for clip, label in zip(task.clips, features.labels) if label is not None)
     results = {
         "task": task.name,
-        "representation": name,
         "clips": {split: counts[split] for split in SPLITS},
         "incomplete": bool(task.missing or features.skipped),
         "missing": task.missing,
         "skipped": features.skipped,
-        "valid": {name: best.valid for name, (_, best) in fitted.items()},
         "test": {metric: float(score) for metric, score in scores.items()},
         "interval": interval,
         "interval_over": unit,
-        "winner": winner.configuration._asdict(),
-        "grid": {},
         "names": list(task.names),
     }
-    for name, (probes, _) in fitted.items():
-        results["grid"][name] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
     if task.kind in ("classes", "key"):
         count = len(task.names)
         pairs = torch.bincount(targets * count + outputs.argmax(dim=1), minlength=count**2)
@@ -1291,6 +1313,214 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu", pa
         for target, score in zip(task.names, r2(targets, outputs, average=False)):
             results["test"][f"r2 {target}"] = float(score)
     return results
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Adaptation: an encoder and a head, trained on labelled clips (arXiv 2411.19371)
+# ----------------------------------------------------------------------------------------------------------
+
+ADAPT_BATCH = 16
+ADAPT_CHECKS = 20  # validation checks in a run
+ADAPT_PATIENCE = 8  # checks without a better score before the run stops
+ADAPT_STEPS = 2000  # the paper has 25,000 and 75,000
+
+
+class Classifier(nn.Module):
+    """An encoder and a head: mean over tokens, Linear, Dropout, ReLU, Linear: (B, 128, 96) -> (B, outputs).
+
+    The means over the tokens of a hybrid model's two patch shapes are concatenated, as in `embed`.
+    """
+
+    def __init__(self, encoder, outputs, bf16=False):
+        super().__init__()
+        self.encoder, self.bf16 = encoder, bf16
+        width = SIZES[encoder.config.size][0] * len(encoder.patches)
+        layers = nn.Linear(width, width), nn.Dropout(0.5), nn.ReLU(), nn.Linear(width, outputs)
+        self.head = nn.Sequential(*layers)
+
+    def forward(self, mel):
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.bf16):
+            means = [self.encoder.tokens(mel, patch).mean(dim=1) for patch in self.encoder.patches]
+            return self.head(torch.cat(means, dim=1)).float()
+
+    @torch.no_grad()
+    def predict(self, mel, rows):
+        """Outputs for the segments `rows` (n,) of `mel`, without dropout: (n, outputs)."""
+        self.eval()
+        device = self.head[0].weight.device
+        return torch.cat([self(mel[part].to(device)) for part in rows.split(64)])
+
+
+def load_mel(task, workers=None):
+    """The mel segments of a task's clips: Features with rows {"mel": (n, 128, 96) float16}.
+
+    They are in an unnamed file that is mapped into memory, so that there may be more than the memory holds.
+    Raises ValueError if no clip can be read.
+    """
+    labels, skipped, clip_index = [], [], []
+    with tempfile.TemporaryFile() as file:
+        functions = [mel_segments]
+        for number, arrays in _describe_task(task, functions, None, workers, "decoding", labels, skipped):
+            clip_index += [number] * arrays[0].shape[1]
+            file.write(arrays[0].tobytes())
+        mel = np.memmap(file, np.float16, "r+", shape=(len(clip_index), data.N_MELS, data.FRAMES))
+    return Features({"mel": torch.from_numpy(mel)}, torch.tensor(clip_index), labels, skipped)
+
+
+def adapt_task(
+    task, features, model, method, size=None, lr=None, steps=None, seed=0, device="cpu", bf16=False
+):
+    """Adapt a copy of a model to a task. Returns the results as a plain dict, and the trained Classifier.
+
+    `features` is what `load_mel` returns; `method` and `size` are those of `adapt` in model.py. The weights
+    with the best score on the validation split, and no others, are scored on the test split. The output for
+    a clip is the mean over its segments. `lr` is 1e-4 if not given, 1e-5 for "full".
+    """
+    torch.manual_seed(seed)  # of new weights and of dropout
+    network = Classifier(copy.deepcopy(model), len(task.names), bf16).to(device)
+    trained = adapt(network.encoder, method, size)
+    lr = lr or (1e-5 if method == "full" else 1e-4)
+    started = time.monotonic()
+    log = fit_classifier(task, features, network, lr, steps or ADAPT_STEPS, seed)
+    seconds = time.monotonic() - started
+
+    mel, rows = features.rows["mel"], torch.arange(len(features.clip_index))
+    tested = predict(task, features, rows, partial(network.predict, mel), per_segment=True)
+    step, _, valid = max(log, key=lambda check: check[2])
+    results = test_results(task, features, *tested) | {
+        "method": method,
+        "size": size or ADAPTATIONS[method],
+        "lr": lr,
+        "trained": sum(p.numel() for p in trained),
+        "trained_head": sum(p.numel() for p in network.head.parameters()),
+        "encoder": sum(p.numel() for name, p in model.named_parameters() if "projector" not in name),
+        "valid": {method: valid},
+        "step": step,
+        "seconds": seconds,
+        "log": log,  # [step, loss, validation score]
+    }
+    return results, network
+
+
+def fit_classifier(task, features, network, lr, steps, seed):
+    """Train what is not frozen, and keep the weights of the best check. Returns [[step, loss, valid score]].
+
+    Adam; gradients are clipped to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes one
+    random segment of each of 16 clips. Raises ValueError if the loss is not finite.
+    """
+    mel, rows = features.rows["mel"], torch.arange(len(features.clip_index))
+    device = network.head[0].weight.device
+    train, targets, target_index = split_rows(task, features, "train", rows, per_segment=True)
+    targets = targets[target_index]
+    valid = split_rows(task, features, "valid", rows, per_segment=True)
+    batches = random_segments(features.clip_index[train], torch.Generator().manual_seed(seed))
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=1e-7)
+    check_every = max(1, steps // ADAPT_CHECKS)
+    log, best_weights, best_step, best_score = [], None, 0, -math.inf
+
+    bar = tqdm(range(1, steps + 1), f"{task.name}: adapting", unit="step")
+    for step, places in zip(bar, batches):
+        network.train()
+        outputs = network(mel[train[places]].to(device))
+        loss = probe_loss(task.kind, outputs[None], targets[places].to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+
+        if step % check_every == 0 or step == steps:
+            loss = loss.item()
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of step {step} is {loss}: try a smaller --lr than {lr}")
+            score = validation_score(task.kind, network, mel, *valid)
+            log.append([step, loss, score])
+            bar.set_postfix(loss=f"{loss:.3f}", valid=f"{score:.3f}")
+            if score > best_score:
+                best_weights = [parameter.detach().clone() for parameter in trained]
+                best_step, best_score = step, score
+            elif step - best_step >= ADAPT_PATIENCE * check_every:
+                break
+    bar.close()
+    with torch.no_grad():
+        for parameter, best in zip(trained, best_weights):
+            parameter.copy_(best)
+    return log
+
+
+def validation_score(kind, network, mel, rows, targets, target_index):
+    """The primary metric of a Classifier on what `split_rows` returns of the validation split."""
+    outputs = network.predict(mel, rows).cpu().double()
+    return float(primary_score(kind, targets, probabilities(kind, outputs, target_index, len(targets))))
+
+
+def random_segments(clip_index, generator):
+    """Yield batches (b,) of places in `clip_index` (n,), ascending: a random segment of each of 16 clips.
+
+    Every clip is drawn once before any is drawn again; the last batch of such a round may be smaller.
+    """
+    _, counts = clip_index.unique_consecutive(return_counts=True)
+    first = counts.cumsum(dim=0) - counts
+    while True:
+        for clips in torch.randperm(len(counts), generator=generator).split(ADAPT_BATCH):
+            uniform = torch.rand(len(clips), dtype=torch.float64, generator=generator)
+            yield first[clips] + (uniform * counts[clips]).long()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Few labels
+# ----------------------------------------------------------------------------------------------------------
+
+
+def label_subsets(task, labels, fractions, repeat=4, seed=0):
+    """Nested random subsets of the training clips: {fraction: [a set of clip numbers for each draw]}.
+
+    `labels` are those of the features, None for a clip that cannot be read. Each draw brings the groups
+    (songs) into a random order, in which groups that together have all classes come first. A subset is the
+    beginning of that order, at least those groups.
+    """
+    members = {}
+    for i, (clip, label) in enumerate(zip(task.clips, labels)):
+        if clip.split == "train" and label is not None:
+            members.setdefault(clip.group, []).append(i)
+    groups, subsets = list(members), {fraction: [] for fraction in fractions}
+    for draw in range(repeat):
+        order = [groups[i] for i in np.random.default_rng([seed, draw]).permutation(len(groups))]
+        group_of_class = {}  # the first in the order
+        if task.kind in ("classes", "key"):
+            for group in order:
+                for i in members[group]:
+                    group_of_class.setdefault(labels[i], group)
+        needed = set(group_of_class.values())
+        order.sort(key=lambda group: group not in needed)  # the order is otherwise kept
+        for fraction in fractions:
+            count = max(1, len(needed), round(fraction * len(groups)))
+            subsets[fraction].append({i for group in order[:count] for i in members[group]})
+    return subsets
+
+
+def few_labels(task, labels, fractions, train, repeat=4, seed=0):
+    """Test scores of training with fewer labels: [{"fraction", "clips", "scores", "mean", "std"}].
+
+    `train(task, seed)` is called for each subset, with a task in which the other training clips belong to no
+    split. It returns a pair, the first of which is the results. Validation and test splits are whole. "clips"
+    and "scores" have a number for each draw; "std" is the standard deviation of the scores.
+    """
+    table = []
+    for fraction, draws in label_subsets(task, labels, fractions, repeat, seed).items():
+        scores = []
+        for draw, chosen in enumerate(draws):
+            clips = list(task.clips)
+            for i, clip in enumerate(clips):
+                if clip.split == "train" and i not in chosen:
+                    clips[i] = clip._replace(split="")
+            results, _ = train(replace(task, clips=clips), seed + draw)
+            scores.append(next(iter(results["test"].values())))
+        row = {"fraction": fraction, "clips": [len(chosen) for chosen in draws], "scores": scores}
+        table.append(row | {"mean": float(np.mean(scores)), "std": float(np.std(scores))})
+    return table
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1402,11 +1632,15 @@ def print_counts(task):
 
 
 def print_results(results):
-    """The results of `probe_task` as a table."""
+    """The results of `probe_task` or `adapt_task` as a table."""
     clips = ", ".join(f"{count} {split}" for split, count in results["clips"].items())
-    quick = results["grid_name"] == "quick"
-    tried = "24 of the 216 configurations (--grid full for all)" if quick else "all 216 configurations"
-    print(f"\n{results['task']} with {results['model']}: {clips} clips, {tried}")
+    if "method" in results:
+        how = f"--adapt {results['method']}"
+    elif results["grid_name"] == "quick":
+        how = "24 of the 216 configurations (--grid full for all)"
+    else:
+        how = "all 216 configurations"
+    print(f"\n{results['task']} with {results['model']}: {clips} clips, {how}")
     primary = next(iter(results["test"]))
     for name, score in results["valid"].items():
         chosen = len(results["valid"]) > 1 and name == results["representation"]
@@ -1416,26 +1650,56 @@ def print_results(results):
     for metric, score in results["test"].items():
         interval = f"   95% interval over {results['interval_over']}: {low:.1%} to {high:.1%}"
         print(f"  test   {metric:<20} {score:7.1%}{interval if metric == primary else ''}")
-    winner = dict(results["winner"])
-    hidden = winner.pop("hidden")
-    shape = f"MLP {'-'.join(map(str, hidden))}" if hidden else "linear"
-    print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner.items()))
-    if results["incomplete"]:
-        missing, skipped = results["missing"], results["skipped"]
+    if "method" in results:
+        share = f"{results['trained'] / results['encoder']:.2%} of its {results['encoder']:,}"
+        print(f"  trained {results['trained']:,} parameters of the encoder, {share}")
+        print(f"          {results['trained_head']:,} parameters of the head")
+        print(f"  weights of step {results['step']} of {results['log'][-1][0]}, {results['seconds']:.0f} s")
+    else:
+        winner = dict(results["winner"])
+        hidden = winner.pop("hidden")
+        shape = f"MLP {'-'.join(map(str, hidden))}" if hidden else "linear"
+        print(f"  winner {shape}, " + ", ".join(f"{name} {value}" for name, value in winner.items()))
+    print_skipped(results["missing"], results["skipped"])
+
+
+def print_skipped(missing, skipped):
+    """What makes results incomplete."""
+    if missing or skipped:
         print(f"  INCOMPLETE: {len(missing)} files missing, {len(skipped)} clips unreadable")
         for _, reason in skipped[:10]:
             print(f"    {reason}")
 
 
+def print_few_labels(results):
+    """The results of --labels as a table."""
+    how = f"--adapt {results['method']}" if results["method"] else "probes"
+    print(f"\n{results['task']} with {results['model']}, {how}: {results['metric']} on the test split")
+    print("  labels   clips     mean     std   draws")
+    for row in results["labels"]:
+        draws = " ".join(f"{score:.1%}" for score in row["scores"])
+        clips, mean, std = np.mean(row["clips"]), row["mean"], row["std"]
+        print(f"  {row['fraction']:6.1%} {clips:7.0f} {mean:8.1%} {std:7.1%}   {draws}")
+    print_skipped(results["missing"], results["skipped"])
+
+
 def command_line():
     """The parser of the options that are probe.py's alone."""
-    parser = argparse.ArgumentParser(description="Probe a frozen encoder, or just write its embeddings.")
+    parser = argparse.ArgumentParser(description="Probe a frozen encoder, adapt it, or just write vectors.")
     option = parser.add_argument
     option("--check", action="store_true", help="read labels and files, count them, and stop")
     option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
     option("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
     option("--per-segment", action="store_true", help="train on segments, average outputs, as the authors do")
     option("--grid", choices=["full", "quick"], help="216 or 24 probes (default: full; for synth-* quick)")
+    methods = ", ".join(ADAPTATIONS)
+    option("--adapt", choices=list(ADAPTATIONS), metavar="METHOD", help=f"train the encoder, too: {methods}")
+    option("--lr", type=float, help="of --adapt (default: 1e-4; full 1e-5)")
+    option("--steps", type=int, help=f"of --adapt, at most (default: {ADAPT_STEPS})")
+    option("--rank", type=int, help="of lora (2), width of adapter (16), tokens of prefix, prompt (32)")
+    option("--precision", choices=["bf16", "float32"], help="of --adapt (default: bf16 on a GPU)")
+    option("--labels", nargs="+", type=float, metavar="SHARE", help="train on random shares of the labels")
+    option("--repeat", type=int, help="draws of each share (default: 4)")
     option("--embed", nargs="+", metavar="PATH", help="just write the embeddings of files or folders")
     option("--out", help="for --embed (default: vectors.npz)")
     return parser
@@ -1445,11 +1709,15 @@ def unused_options(args):
     """For `run_command`: (whether this mode was chosen, its name, the options that it does not use)."""
     of_encoders = ("checkpoint", "patch", "size", "per_segment")
     random = args.checkpoint == "random"
+    training = "adapt", "labels"
     return [
-        (args.embed, "--embed", ("task", "data", "kind", "check", "features", "grid")),
+        (args.embed, "--embed", ("task", "data", "kind", "check", "features", "grid", *training)),
         (not args.embed, "a task", ("out",)),
-        (args.check, "--check", (*of_encoders, "features", "grid", "seed", "device", "workers")),
-        (args.features, f"--features {args.features}", of_encoders),
+        (args.check, "--check", (*of_encoders, "features", "grid", "seed", "device", "workers", *training)),
+        (args.features, f"--features {args.features}", (*of_encoders, "adapt")),
+        (args.adapt, "--adapt", ("per_segment", "grid")),
+        (not args.adapt, "a frozen encoder", ("lr", "steps", "rank", "precision")),
+        (not args.labels, "all labels", ("repeat",)),
         (not random, "the weights of a checkpoint", ("size",)),
         (args.embed and not random, "--embed and the weights of a checkpoint", ("seed",)),
     ]
@@ -1512,27 +1780,89 @@ def probe(args):
     if args.check:
         return print_counts(task)
     encoder = choose_encoders([name], args, args.size)[0]
-    name = encoder.name
-    cache = {name: encoder.cache(task)}
-    features = embed_task(task, {name: encoder.encoder}, None, args.device, args.workers, cache)[name]
-    usual = "quick" if task.name in SYNTH else "full"
-    chosen = args.grid or usual
-    grid = QUICK_GRID if chosen == "quick" else GRID
-    results = probe_task(task, features, grid, args.per_segment, args.seed, args.device)
-    results |= {"model": name, "key": encoder.key, "seed": args.seed, "grid_name": chosen}
-    results["per_segment"] = args.per_segment
+    check_training_options(args, encoder.encoder)
+    grid_name = args.grid or usual_grid(task)
+    if args.adapt:
+        features = load_mel(task, args.workers)
+        on_gpu = torch.device(args.device).type == "cuda"
+        bf16 = on_gpu if args.precision is None else args.precision == "bf16"
 
-    parts = ["probe", task.name, name]  # what differs from the defaults is in the file's name
-    parts += [args.kind] if args.kind else []
-    parts += ["segments"] if args.per_segment else []
-    parts += [chosen] if chosen != usual else []
-    parts += [f"seed{args.seed}"] if args.seed else []
-    path = encoder.folder / f"{'_'.join(parts)}.json"
+        def train(task, seed):
+            how = args.adapt, args.rank, args.lr, args.steps, seed, args.device, bf16
+            return adapt_task(task, features, encoder.encoder, *how)
+
+    else:
+        cache = {encoder.name: encoder.cache(task)}
+        encoders = {encoder.name: encoder.encoder}
+        features = embed_task(task, encoders, None, args.device, args.workers, cache)[encoder.name]
+        grid = QUICK_GRID if grid_name == "quick" else GRID
+
+        def train(task, seed):
+            return probe_task(task, features, grid, args.per_segment, seed, args.device), None
+
+    network = None
+    if args.labels:
+        table = few_labels(task, features.labels, args.labels, train, args.repeat or 4, args.seed)
+        results = {"task": task.name, "metric": primary_metric(task.kind), "method": args.adapt}
+        results |= {"labels": table, "missing": task.missing, "skipped": features.skipped}
+    else:
+        results, network = train(task, args.seed)
+    results |= {"model": encoder.name, "key": encoder.key, "seed": args.seed}
+    if not args.adapt:
+        results |= {"grid_name": grid_name, "per_segment": args.per_segment}
+    path = result_path(args, task, encoder)
+    save_results(path, results, network)
+    if args.labels:
+        print_few_labels(results)
+    else:
+        print_results(results)
+    print(f"  {path}")
+
+
+def save_results(path, results, network=None):
+    """Write the results, and beside them the encoder of a Classifier, merged if possible, with its head."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if network:
+        merge(network.encoder)
+        extra = {"head": network.head.state_dict(), "names": results["names"]}
+        save_model(network.encoder, path.with_suffix(".pt"), **extra)
     path.with_suffix(".part").write_text(json.dumps(results))
     os.replace(path.with_suffix(".part"), path)
-    print_results(results)
-    print(f"  {path}")
+
+
+def usual_grid(task):
+    """The name of the grid without --grid."""
+    return "quick" if task.name in SYNTH else "full"
+
+
+def check_training_options(args, encoder):
+    """Raise ValueError for options of --adapt and --labels that make no sense, before any work."""
+    for name in ("lr", "steps", "repeat"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name} {value}: it must be above zero")
+    for share in args.labels or ():
+        if not 0 < share <= 1:
+            raise ValueError(f"--labels {share}: a share of the labels is above 0 and at most 1")
+    if args.adapt:
+        adapt(copy.deepcopy(encoder), args.adapt, args.rank)
+
+
+def result_path(args, task, encoder):
+    """The file of the results. Its name has every option that differs from the default."""
+    parts = ["adapted" if args.adapt else "probe", task.name]
+    if args.labels:
+        parts[0] = "labels"
+    parts += [args.adapt] if args.adapt else [encoder.name]
+    parts += [encoder.name] if args.adapt and encoder.folder == BASELINES else []
+    parts += ["-".join(f"{share:g}" for share in args.labels)] if args.labels else []
+    parts += [args.kind] if args.kind else []
+    parts += ["segments"] if args.per_segment else []
+    parts += [args.grid] if args.grid and args.grid != usual_grid(task) else []
+    for option in ("lr", "steps", "rank", "precision", "repeat", "seed"):
+        value = getattr(args, option)
+        parts += [f"{option}{value}"] if value else []
+    return encoder.folder / f"{'_'.join(parts)}.json"
 
 
 def main():
