@@ -230,30 +230,31 @@ def _sound(files, stem, name):
 
 
 def _table(path, columns, delimiter=",", strict=False):
-    """The rows of a table that must have `columns`, as pairs (line number, {column: field}); no blank rows.
+    """Yield ("PATH, line N", {column: field}) for each row of a table that is not blank.
 
-    With `strict`, for a user's table, a malformed table is a ValueError; a published one is read as it is.
+    Raises ValueError if one of `columns` is missing and, with `strict` (a user's table), if it is malformed;
+    a published table is read as it is.
     """
-    lines = []
     with open(path, newline="", encoding="utf-8-sig", errors="strict" if strict else "replace") as file:
         reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=strict)
         try:
+            header = [name.strip() for name in next(reader, [])]
+            for column in columns:
+                if column not in header:
+                    found = f"{header} (at {delimiter!r})"
+                    raise ValueError(f"{path}: no column {column!r} in the first line, {found}")
+            if strict and len(set(header)) < len(header):
+                raise ValueError(f"{path}: a column is there twice in the first line, {header}")
             for fields in reader:
-                lines.append((reader.line_num, [field.strip() for field in fields]))
+                where = f"{path}, line {reader.line_num}"
+                if strict and len(fields) > len(header):
+                    raise ValueError(f"{where}: {len(fields)} fields for {len(header)} columns")
+                fields = [field.strip() for field in fields]
+                if any(fields):
+                    yield where, dict(itertools.zip_longest(header, fields, fillvalue=""))
         except (UnicodeDecodeError, csv.Error) as error:
-            line = reader.line_num
-            raise ValueError(f"{path}, after line {line}: not a table in UTF-8 ({error})") from error
-    header = lines.pop(0)[1] if lines else []
-    for column in columns:
-        if column not in header:
-            raise ValueError(f"{path}: no column {column!r} in the first line, {header} (at {delimiter!r})")
-    if strict and len(set(header)) < len(header):
-        raise ValueError(f"{path}: a column is there twice in the first line, {header}")
-    for line, fields in lines:
-        if strict and len(fields) > len(header):
-            raise ValueError(f"{path}, line {line}: {len(fields)} fields for {len(header)} columns")
-        if any(fields):
-            yield line, dict(itertools.zip_longest(header, fields, fillvalue=""))
+            where = f"{path}, after line {reader.line_num}"
+            raise ValueError(f"{where}: not a table in UTF-8 ({error})") from error
 
 
 def _float(text, where):
@@ -384,10 +385,10 @@ def _giantsteps(files):
     artists_of = dict(tracks)
     valid = _validation_artists([artists for _, artists in tracks])
     songs, table = [], files["annotations/annotations.txt"]  # songs: (ID, key, split)
-    for line, row in _table(table, ("ID", "MANUAL KEY", "C"), "\t"):
+    for where, row in _table(table, ("ID", "MANUAL KEY", "C"), "\t"):
         if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and names one key
             split = "valid" if artists_of.get(row["ID"], set()) & valid else "train"
-            songs.append((row["ID"], _key(row["MANUAL KEY"], f"{table}, line {line}"), split))
+            songs.append((row["ID"], _key(row["MANUAL KEY"], where), split))
     for tail, path in files.items():
         match = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
         if match and path.parent.parent != table.parent:
@@ -407,8 +408,7 @@ def _emomusic(files):
     The folder holds: songs_info.csv and static_annotations.csv in annotations, clips_45seconds/<song_id>.mp3.
     """
     clips, means, table = [], {}, files["static_annotations.csv"]
-    for line, row in _table(table, ("song_id", "mean_arousal", "mean_valence")):
-        where = f"{table}, line {line}"
+    for where, row in _table(table, ("song_id", "mean_arousal", "mean_valence")):
         means[row["song_id"]] = [_float(row["mean_arousal"], where), _float(row["mean_valence"], where)]
     for _, row in _table(files["songs_info.csv"], ("song_id", "Artist", "Mediaeval 2013 set")):
         song = row["song_id"]
@@ -435,11 +435,11 @@ def _tinysol(files):
     The folder holds: TinySOL_metadata.csv; audio/Brass/Bass_Tuba/ordinario/BTb-ord-F#1-pp-N-N.wav and so on.
     """
     split_of = {"0": "valid", "1": "test", "2": "train", "3": "train", "4": "train"}
-    clips, table = [], files["TinySOL_metadata.csv"]
-    for line, row in _table(table, ("Path", "Fold", "Instrument (abbr.)")):
+    clips = []
+    for where, row in _table(files["TinySOL_metadata.csv"], ("Path", "Fold", "Instrument (abbr.)")):
         fold, instrument = row["Fold"], row["Instrument (abbr.)"]
         if fold not in split_of or instrument not in INSTRUMENTS:
-            raise ValueError(f"{table}, line {line}: {fold!r} is no fold or {instrument!r} no instrument")
+            raise ValueError(f"{where}: {fold!r} is no fold or {instrument!r} no instrument")
         name = row["Path"].split("/")[-1].removesuffix(".wav")  # no other note has it
         path = _sound(files, name, row["Path"])
         clips.append(Clip(path, 0.0, None, INSTRUMENTS.index(instrument), split_of[fold], name))
@@ -491,25 +491,8 @@ SYNTH = {
 SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  # seed (training uses 0), clips
 
 
-def _label_columns(path, header, kind):
-    """The kind of a user's table, from its columns unless given, and the columns that hold the labels."""
-    columns = [name for name in header if name not in ("path", "split", "group", "offset", "duration")]
-    if not columns:
-        raise ValueError(f"{path}: no column 'label', 'tags', or numbers to predict")
-    if kind is None and "label" in columns:
-        kind = "classes"
-    elif kind is None:
-        kind = "tags" if "tags" in columns else "regression"
-    if kind == "regression":
-        return kind, columns
-    column = "tags" if kind == "tags" and "tags" in columns else "label"
-    if column not in columns:
-        raise ValueError(f"{path}: no column {column!r}")
-    return kind, [column]
-
-
 def _own_clip(where, row, folder):
-    """One row of a user's table as a Clip without label; split and group are as written, or None."""
+    """One row of a user's table as a Clip without label; the split is None if the table has no splits."""
     path, split = folder / row["path"], row.get("split")
     offset = _float(row.get("offset") or 0, f"{where}, offset")
     duration = _float(row["duration"], f"{where}, duration") if row.get("duration") else None
@@ -519,21 +502,13 @@ def _own_clip(where, row, folder):
         raise ValueError(f"{where}: the split {split!r} is none of {', '.join(SPLITS)}")
     if offset < 0 or (duration is not None and duration <= 0):
         raise ValueError(f"{where}: the offset must not be negative, and the duration must be more than 0")
-    return Clip(path if path.is_file() else row["path"], offset, duration, None, split, row.get("group"))
-
-
-def _own_groups(rows, clips, folder):
-    """Clips without a group get the name of their file, the same one however a row writes its path."""
-    files = [os.path.realpath(folder / row["path"]) for _, row in rows]
-    names = {}
-    for file, (_, row) in zip(files, rows):
-        name = Path(os.path.normpath(row["path"])).as_posix()
-        names[file] = min(name, names.get(file, name))
-    return [clip._replace(group=clip.group or names[file]) for file, clip in zip(files, clips)]
+    file = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))  # the same however it is written
+    group = row.get("group") or Path(file).as_posix()
+    return Clip(path if path.is_file() else row["path"], offset, duration, None, split, group)
 
 
 def _own_splits(path, rows, clips):
-    """Clips with the splits of a user's table, or else by rank of the groups. No group is in two splits."""
+    """{group: split} of a user's table: its own splits, or else by rank. No group is in two splits."""
     split_of = {}
     for (where, row), clip in zip(rows, clips):
         other = split_of.setdefault(clip.group, clip.split)
@@ -545,43 +520,53 @@ def _own_splits(path, rows, clips):
     for split in SPLITS:
         if split not in split_of.values():
             raise ValueError(f"{path}: no clips for {split}; a table without splits needs three groups")
-    return [clip._replace(split=split_of[clip.group]) for clip in clips]
+    return split_of
 
 
-def _own_targets(path, rows, kind, columns):
-    """The labels of a user's table as numbers, and the names of its classes, tags or targets."""
+def _own_targets(path, rows, kind):
+    """What a user's table predicts: (kind, names of the classes, tags or targets, a label for each row)."""
+    columns = [c for c in rows[0][1] if c not in ("path", "split", "group", "offset", "duration")]
+    if not columns:
+        raise ValueError(f"{path}: no column 'label', 'tags', or numbers to predict")
+    if kind is None and "label" in columns:
+        kind = "classes"
+    elif kind is None:
+        kind = "tags" if "tags" in columns else "regression"
     if kind == "regression":
-        return [[_float(row[name], f"{where}, {name}") for name in columns] for where, row in rows], columns
-    column = columns[0]
-    for where, row in rows:
-        if kind != "tags" and not row[column]:
-            raise ValueError(f"{where}: no {column}")
-    if kind == "key":
-        return [_key(row[column], where) for where, row in rows], KEYS
+        numbers = [[_float(row[name], f"{where}, {name}") for name in columns] for where, row in rows]
+        return kind, columns, numbers
+
+    column = "tags" if kind == "tags" and "tags" in columns else "label"
+    if column not in columns:
+        raise ValueError(f"{path}: no column {column!r}")
     if kind == "tags":
         tags = [{tag.strip() for tag in row[column].split("|")} - {""} for _, row in rows]
         names = sorted(set().union(*tags))
         labels = [[float(name in present) for name in names] for present in tags]
     else:
+        for where, row in rows:
+            if not row[column]:
+                raise ValueError(f"{where}: no {column}")
+        if kind == "key":
+            return kind, KEYS, [_key(row[column], where) for where, row in rows]
         names = sorted({row[column] for _, row in rows})
         labels = [names.index(row[column]) for _, row in rows]
     if not names or (kind == "classes" and len(names) == 1):
         raise ValueError(f"{path}: nothing to tell apart, column {column!r} has {names or 'no tag'} only")
-    return labels, names
+    return kind, names, labels
 
 
 def _own_labels(path, folder, kind):
     """The task in a user's own table, as `load_task` describes it; its paths are relative to `folder`."""
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file")
-    rows = [(f"{path}, line {line}", row) for line, row in _table(path, ("path",), strict=True)]
+    rows = list(_table(path, ("path",), strict=True))
     if not rows:
         raise ValueError(f"{path}: no clips in it")
-    kind, columns = _label_columns(path, list(rows[0][1]), kind)
     clips = [_own_clip(where, row, folder) for where, row in rows]
-    labels, names = _own_targets(path, rows, kind, columns)
-    clips = _own_splits(path, rows, _own_groups(rows, clips, folder))
-    clips = [clip._replace(label=label) for clip, label in zip(clips, labels)]
+    kind, names, labels = _own_targets(path, rows, kind)
+    split_of = _own_splits(path, rows, clips)
+    clips = [clip._replace(label=label, split=split_of[clip.group]) for clip, label in zip(clips, labels)]
     if kind == "regression":
         clips = _standardise(clips, path)
     task = _task(path.stem, kind, names, clips)
@@ -1255,7 +1240,9 @@ def bootstrap(kind, targets, outputs, groups=None, resamples=1000, seed=0):
 def score_test(task, targets, outputs, groups):
     """Of what `predict` returns: {metric: score}, the primary metric's 95% interval, what was resampled."""
     clips = Counter(clip.group for clip in task.clips if clip.split == "test")
-    unit = "songs" if max(clips.values()) > 1 else "clips"
+    unit = "clips"
+    if max(clips.values()) > 1:
+        unit = "songs" if task.name in DATASETS else "groups"  # of a table, groups may be anything
     return evaluate(task.kind, targets, outputs), bootstrap(task.kind, targets, outputs, groups), unit
 
 
