@@ -6,10 +6,10 @@ are compared, linear and an MLP with hidden layers of 256 and 128, and four repr
 the same encoder with random weights, MFCC and chroma. All get the same noise. The square and vertical vectors
 of a hybrid model are concatenated.
 
-    python noise_eval.py                         the newest checkpoint under runs/ on the embedded music's
-    keys python noise_eval.py --task gtzan --snr 0    any task of probe.py python noise_eval.py --sweep
-    from 30 dB down to -10 dB python noise_eval.py --snr 10 0 --repeat 5   five draws of the noise: mean and
-    standard deviation
+    python noise_eval.py                         newest checkpoint under runs/, embedded music's keys
+    python noise_eval.py --task gtzan --snr 0    any task of probe.py
+    python noise_eval.py --sweep                 from 30 dB down to -10 dB
+    python noise_eval.py --snr 10 0 --repeat 5   five draws of the noise: mean and standard deviation
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from probe import QUICK_GRID, choose_encoders, embed_task, fit_all
-from probe import load_task, predict, run_command, score_test
+from probe import load_task, predict, run_command, score_test, task_name
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
 PROBES = {"linear": (), "MLP 256-128": (256, 128)}  # hidden layers, after arXiv 2505.06042
@@ -144,10 +144,10 @@ def noise_check(
     }
 
 
-def _cell(row):
+def _cell(row, metric):
     """A score in percent, its interval and, on noisy sound, the drop from clean in points and in percent."""
     low, high = row["interval"]
-    cell = f"{100 * row['score']:5.1f}"
+    cell = f"{100 * row[metric]:5.1f}"
     if len(row["draws"]) > 1:
         cell += f" ±{100 * torch.tensor(row['draws']).std():.1f}"
     cell += f" ({100 * low:.0f} to {100 * high:.0f})"
@@ -169,7 +169,7 @@ def table(results):
         lines += [("", []), (probe, names)]
         for snr, level in levels.items():
             found = [rows[probe, name, snr] for name in names]
-            lines.append((f"  {level}", [_cell({**row, "score": row[metric]}) for row in found]))
+            lines.append((f"  {level}", [_cell(row, metric) for row in found]))
     linear, mlp = PROBES
     lines += [("", []), ("MLP - linear", names)]
     for snr, level in levels.items():
@@ -206,7 +206,7 @@ def unused_options(args):
 
 def result_name(args, task, snrs, encoders):
     """The name of the result file; what differs from the defaults is in it."""
-    parts = ["noise", task.name]
+    parts = ["noise", task_name(args, task)]
     parts += [args.kind] if args.kind else []
     parts += list(encoders) if len(encoders) < len(REPRESENTATIONS) else []
     if args.sweep:
@@ -226,6 +226,8 @@ def noise_eval(args):
             raise ValueError(f"--snr {snr:g}: a signal-to-noise ratio lies between -100 and 100 dB")
     if args.repeat < 1:
         raise ValueError(f"--repeat {args.repeat}: the noise must be drawn at least once")
+    if args.checkpoint == "random":
+        raise ValueError("--checkpoint random is for probe.py: use --representations random here")
     task = load_task(args.task, args.data, args.kind)
     names = [name for name in REPRESENTATIONS if name in (args.representations or REPRESENTATIONS)]
     chosen = choose_encoders(names, args)

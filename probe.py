@@ -1546,14 +1546,18 @@ def open_checkpoint(path=None, patch=None):
 
 def choose_encoders(names, args, size=None):
     """Encoders by name: "checkpoint", "random", "mfcc" or "chroma". Prints a line about each model."""
-    return [_choose_encoder(name, args.checkpoint, args.patch, size, args.seed or 0) for name in names]
+    model, path = None, None
+    if "checkpoint" in names or "random" in names:
+        given = None if args.checkpoint == "random" else args.checkpoint
+        of_checkpoint = given or "checkpoint" in names  # otherwise --patch is that of the random weights
+        model, path = open_checkpoint(given, args.patch if of_checkpoint else None)
+    return [_choose_encoder(name, model, path, args.patch, size, args.seed or 0) for name in names]
 
 
-def _choose_encoder(name, path, patch, size, seed):
+def _choose_encoder(name, model, path, patch, size, seed):
     if name in HAND_MADE:
         return Encoder(name, name, "1", BASELINES)
     if name == "checkpoint":
-        model, path = open_checkpoint(path, patch)
         if model is None:
             advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
             raise ValueError(f"there is no checkpoint under runs/: {advice}")
@@ -1564,8 +1568,6 @@ def _choose_encoder(name, path, patch, size, seed):
         print(f"checkpoint {path}: {model.config.size}, {model.config.patch}{progress}")
         folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
         return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
-    given = path not in (None, "random")
-    model, path = open_checkpoint(path if given else None, patch if given else None)
     config = model.config if model else Config("tiny", "hybrid")
     config = replace(config, size=size or config.size, patch=patch or config.patch)
     name = f"random-{config.size}-{config.patch}{'-log' if config.log_mel else ''}"
@@ -1756,6 +1758,14 @@ def check_machine(args):
         raise ValueError(f"--workers {args.workers}: at least one process must decode")
 
 
+def task_name(args, task):
+    """The task in a result's file name, with a hash of its place unless that is the usual one."""
+    if args.data is None and Path(args.task).name == args.task:
+        return task.name
+    place = f"{os.path.abspath(args.task)} {os.path.abspath(args.data or '')}"
+    return f"{task.name}-{hashlib.sha1(os.fsencode(place)).hexdigest()[:6]}"
+
+
 def probe(args):
     """What the command line asks for."""
     name = "random" if args.checkpoint == "random" else args.features or "checkpoint"
@@ -1837,7 +1847,7 @@ def check_training_options(args, encoder):
 
 def result_path(args, task, encoder):
     """The file of the results. Its name has every option that differs from the default."""
-    parts = ["adapted" if args.adapt else "probe", task.name]
+    parts = ["adapted" if args.adapt else "probe", task_name(args, task)]
     if args.labels:
         parts[0] = "labels"
     parts += [args.adapt] if args.adapt else [encoder.name]

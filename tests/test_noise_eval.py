@@ -236,7 +236,7 @@ def test_result_names():
         ("--snr 0", ("mfcc",), 0, None, "noise_synth-key_mfcc.json"),
     ):
         args = parser.parse_args(arguments.split())
-        args.seed, args.kind = seed, kind
+        args.seed, args.kind, args.task, args.data = seed, kind, "synth-key", None
         snrs = list(noise_eval.SWEEP) if args.sweep else args.snr or [0.0]
         assert noise_eval.result_name(args, task, snrs, encoders) == name
 
@@ -246,6 +246,7 @@ def test_result_names():
     [
         (["--task", "nonsense"], "no task 'nonsense'"),
         (["--checkpoint", "missing.pt"], "no such checkpoint"),
+        (["--checkpoint", "random"], "use --representations random"),
         (["--snr", "nan"], "between -100 and 100 dB"),
         (["--snr", "0", "1e9"], "between -100 and 100 dB"),
         (["--repeat", "0"], "at least once"),

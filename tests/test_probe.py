@@ -1122,6 +1122,15 @@ def test_results_of_other_questions_have_other_names(labelled, command):
     }
 
 
+def test_results_of_other_places_have_other_names(labelled, command):
+    (labelled / "deeper").mkdir()
+    (labelled / "deeper/labels.csv").write_text((labelled / "labels.csv").read_text())
+    names = set()
+    for place in (("labels.csv",), ("deeper/labels.csv", "--data", "."), ("labels.csv", "--data", ".")):
+        names.add(command("--workers", 1, "--features", "mfcc", "--task", *place).split()[-1])
+    assert len(names) == 3 and "runs/baselines/probe_labels_mfcc.json" in names
+
+
 def test_features_are_kept_until_what_decides_them_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(probe, "in_workers", in_this_process)
     for i in range(4):
