@@ -52,9 +52,7 @@ FLOAT16_MAX = 65_504.0
 # The cores that this process may use; os.sched_getaffinity exists on Linux only.
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# ------------------------------------------------------------------------------------------------------------
-# Sound
-# ------------------------------------------------------------------------------------------------------------
+# --- Sound -------------------------------------------------------------------------------------------------
 
 AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf".split())
 FOREIGN_SUFFIXES = set(".m4a .mp4 .aac .wma .webm .mka .ape .wv .mpc .dsf .ac3".split())
@@ -152,9 +150,7 @@ def audio_files(folder):
     return sorted(found)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Mel spectrogram
-# ------------------------------------------------------------------------------------------------------------
+# --- Mel spectrogram ---------------------------------------------------------------------------------------
 
 
 def mel_filterbank():
@@ -224,9 +220,7 @@ def mel_segments(wave):
     return segments(_stored_mel(wave))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Worker processes
-# ------------------------------------------------------------------------------------------------------------
+# --- Worker processes --------------------------------------------------------------------------------------
 
 
 def _exit_with_parent():
@@ -286,9 +280,7 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
     yield from in_workers(function, jobs, workers, name)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Corpus: building it
-#
+# --- Corpus: building it -----------------------------------------------------------------------------------
 #   mel.f16        the frames of every clip, one after the other: (frames, 128) float16, no header
 #   index.jsonl    line 1: the settings; then a line for each source file: its clips [offset in s, frames] and
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
@@ -298,7 +290,6 @@ def in_workers(function, jobs, workers=None, name=lambda *job: job[0]):
 # the index (shards-HASH/7.jsonl) under other names and renames them when they are complete; HASH depends on
 # the settings. When all shards exist they are concatenated. A build that is killed at any moment loses only
 # the shards that were not complete.
-# ------------------------------------------------------------------------------------------------------------
 
 SHARD_FILES = 32  # at most in a shard: about 1,000 clips if they are songs
 SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
@@ -470,9 +461,7 @@ def build_embedded_corpus(n_clips, seed, out, workers=None):
     return _build(out, settings, names, partial(_embedded_clips, seed), workers)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Corpus: using it
-# ------------------------------------------------------------------------------------------------------------
+# --- Corpus: using it --------------------------------------------------------------------------------------
 
 
 def _read_index(path):
@@ -555,9 +544,7 @@ class Corpus:
         return frames.view(*rows.shape, N_MELS).transpose(2, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The embedded music: pieces of ten seconds, composed at random, played and labelled
-# ------------------------------------------------------------------------------------------------------------
+# --- The embedded music: pieces of ten seconds, composed at random, played and labelled --------------------
 
 TONICS = "C Db D Eb E F Gb G Ab A Bb B".split()
 KEYS = tuple(f"{tonic} {mode}" for mode in ("major", "minor") for tonic in TONICS)
@@ -727,9 +714,7 @@ def synthesize(n, seed, first=0):
     return torch.from_numpy(np.stack(waves)), labels
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------------------
+# --- Command line ------------------------------------------------------------------------------------------
 
 
 def report(corpus):

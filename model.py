@@ -41,9 +41,7 @@ SIZES = {  # width D, depth, heads, width of the feed-forward layer
     "vit-b": (768, 12, 12, 3072),  # of a later version of the paper: 85 M
 }
 
-# -----------------------------------------------------------------------------------------------------------
-# Patches and masking
-# -----------------------------------------------------------------------------------------------------------
+# --- Patches and masking -----------------------------------------------------------------------------------
 
 
 def patchify(mel, patch):
@@ -94,9 +92,7 @@ def sincos_2d(height, width, dim):
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# SimpleViT. The modules have the names of the authors' released files, so that those files can be loaded.
-# -----------------------------------------------------------------------------------------------------------
+# --- SimpleViT, with the module names of the authors' released files ---------------------------------------
 
 
 class Attention(nn.Module):
@@ -143,9 +139,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Myna
-# -----------------------------------------------------------------------------------------------------------
+# --- Myna --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -234,9 +228,7 @@ class Myna(nn.Module):
         return torch.cat([self.tokens(mel, p).mean(dim=1) for p in patches], dim=1)
 
 
-# -----------------------------------------------------------------------------------------------------------
-# The loss
-# -----------------------------------------------------------------------------------------------------------
+# --- The loss ----------------------------------------------------------------------------------------------
 
 
 def info_nce(z1, z2, temperature=0.1, decoupled=False, anchors=None):
@@ -301,9 +293,7 @@ def spread(z):
     return F.normalize(z.float(), dim=1).var(dim=0, correction=0).sum().sqrt()
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Checkpoints
-# -----------------------------------------------------------------------------------------------------------
+# --- Checkpoints -------------------------------------------------------------------------------------------
 
 
 def save_model(model, path, **extra):
@@ -417,8 +407,8 @@ def _from_released(weights, path, patch):
     return Config(size, "hybrid" if hybrid else patch), renamed
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Other objectives: what else can be learned from the same patches (python train.py --objective NAME)
+# --- Other objectives: python train.py --objective NAME ----------------------------------------------------
+# What else can be learned from the same patches?
 #
 # Two views (contrast, byol, clustering, barlow, vicreg): both views see 5 of 48 patches, as in Myna. The
 # objectives differ in their head, in their formula, and in whether a teacher (a moving average of the
@@ -431,7 +421,6 @@ def _from_released(weights, path, patch):
 # An objective has two parts. `forward` uses the weights and computes each row (segment) independently, so a
 # batch can be split into chunks or over processes. `loss` uses no weights and takes the outputs of the whole
 # batch. R is the number of rows in one call, B the number of pairs in the batch, K that of kept patches.
-# -----------------------------------------------------------------------------------------------------------
 
 
 class Objective(nn.Module):
@@ -781,12 +770,9 @@ OBJECTIVES = {
 }
 
 
-# -----------------------------------------------------------------------------------------------------------
-# Adaptation: train the encoder, or few parameters of it, on labelled clips (python probe.py --adapt METHOD)
-#
+# --- Adaptation: python probe.py --adapt METHOD ------------------------------------------------------------
 # The model is frozen. What is trained is some of its parameters, or small new modules around its own.
 # Methods and settings are those of arXiv 2411.19371, which compares them on two other music models.
-# -----------------------------------------------------------------------------------------------------------
 
 
 class Lora(nn.Module):

@@ -51,12 +51,9 @@ from data import audio_files, in_workers, load_audio, mel_segments, mel_spectrog
 from model import ADAPTATIONS, PATCHES, SIZES, Config, Myna
 from model import adapt, load_model, merge, read_checkpoint, save_model
 
-# ------------------------------------------------------------------------------------------------------------
-# Metrics
-#
+# --- Metrics -----------------------------------------------------------------------------------------------
 # All take (targets, predictions), tensors or arrays, and compute in float64. Predictions may have leading
 # axes, one entry for each configuration of a grid.
-# ------------------------------------------------------------------------------------------------------------
 
 
 def accuracy(targets, predictions):
@@ -163,13 +160,10 @@ def primary_score(kind, targets, outputs):
     return METRICS[kind][primary_metric(kind)](targets, _predictions(kind, outputs))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tasks: labelled clips
-#
+# --- Tasks: labelled clips ---------------------------------------------------------------------------------
 # Each data set is read from the files that its publisher distributes; extra folders above them do not matter.
 # A new data set is one function and one line in DATASETS. The docstring of the function says where to get the
 # data and how the folder must look; it is shown to users when something is missing.
-# ------------------------------------------------------------------------------------------------------------
 
 SPLITS = ("train", "valid", "test")
 
@@ -622,9 +616,7 @@ def load_task(name, root=None, kind=None):
     return _task(name, *SYNTH[name], clips)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Representations: from a clip to rows of numbers
-# ----------------------------------------------------------------------------------------------------------
+# --- Representations: from a clip to rows of numbers -------------------------------------------------------
 
 
 def load_clip(clip):
@@ -844,13 +836,10 @@ def read_features(path, expected):
     return Features(**kept)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The grid: many probes trained as one batch
-#
+# --- The grid: many probes trained as one batch ------------------------------------------------------------
 # The weights of S probes of one shape are stacked, (S, in, out), and one batched product does the work of S
 # small ones. All probes get the same examples and the same random numbers for dropout. None depends on
 # another, so each ends as if it were trained alone.
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Configuration(NamedTuple):
@@ -1129,9 +1118,7 @@ def mean_rows(rows, index, count):
     return total / sizes.view(-1, *[1] * (rows.ndim - 1))
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The protocol: fit on train, choose on valid, score once on test
-# ----------------------------------------------------------------------------------------------------------
+# --- The protocol: fit on train, choose on valid, score once on test ---------------------------------------
 
 
 def readable_clips(task, features, split):
@@ -1302,9 +1289,7 @@ def test_results(task, features, targets, outputs, groups):
     return results
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Adaptation: an encoder and a head, trained on labelled clips (arXiv 2411.19371)
-# ----------------------------------------------------------------------------------------------------------
+# --- Adaptation: an encoder and a head, trained on labelled clips (arXiv 2411.19371) -----------------------
 
 ADAPT_BATCH = 16
 ADAPT_CHECKS = 20  # validation checks in a run
@@ -1456,9 +1441,7 @@ def random_segments(clip_index, generator):
             yield first[clips] + (uniform * counts[clips]).long()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Few labels
-# ----------------------------------------------------------------------------------------------------------
+# --- Few labels --------------------------------------------------------------------------------------------
 
 
 def label_subsets(task, labels, fractions, repeat=4, seed=0):
@@ -1510,9 +1493,7 @@ def few_labels(task, labels, fractions, train, repeat=4, seed=0):
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The command line
-# ----------------------------------------------------------------------------------------------------------
+# --- The command line --------------------------------------------------------------------------------------
 
 
 class Encoder(NamedTuple):

@@ -377,7 +377,7 @@ def test_an_easy_task_is_learned(method, kind):
     chance = {"classes": 0.25, "tags": 0.5, "regression": 0.0}[kind]
     assert results["test"][probe.primary_metric(kind)] > chance + 0.3
     assert results["valid"][method] > chance + 0.3
-    assert results["clips"] == {"train": 24, "valid": 12, "test": 12} and results["interval_over"] == "songs"
+    assert results["clips"] == {"train": 24, "valid": 12, "test": 12} and results["interval_over"] == "groups"
     counts = {"lora": count_by_formula("lora", "tiny", 2), "head": 0}
     assert results["trained"] == counts[method]
     assert results["trained_head"] == 128 * 128 + 128 + 128 * len(task.names) + len(task.names)
