@@ -2,11 +2,9 @@
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -796,12 +794,11 @@ RESUMED = {"byol": "hybrid", "clustering": "hybrid", "hubert": "vertical"}
 
 def kill_when_it_has_logged(process, log, steps, chance):
     """SIGKILL once `log` holds so many steps, at any moment of the step, the save or the end after it."""
-    alive = process.is_alive if hasattr(process, "is_alive") else lambda: process.poll() is None
-    while alive() and not (log.exists() and log.read_bytes().count(b"\n") > steps):
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") > steps):
         time.sleep(0.005)
     time.sleep(chance.uniform(0, 0.02))
-    assert alive()
-    os.kill(process.pid, signal.SIGKILL)
+    assert process.poll() is None
+    process.kill()
 
 
 @pytest.mark.parametrize("name", list(RESUMED))
@@ -811,17 +808,10 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(folder, runs, name):
     arguments = command(folder, name, out, "--resume", "--save-minutes", 1e-9, patch=RESUMED[name])
     log = folder / "runs" / out / "log.jsonl"
     chance = random.Random(len(name))
-    process = multiprocessing.get_context("fork").Process(target=train_here, args=(arguments,))
-    if name == "clustering":  # the script itself
-        script = [sys.executable, str(ROOT / "train.py"), *arguments]
-        process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    else:
-        process.start()
+    script = [sys.executable, str(ROOT / "train.py"), *arguments]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     kill_when_it_has_logged(process, log, chance.choice([2, 3]), chance)
-    if name == "clustering":
-        process.wait()
-    else:
-        process.join()
+    process.wait()
     assert 1 <= train.newest_checkpoint(folder / "runs" / out)["step"] <= 5
     train_here(arguments)
     resumed = checkpoint_of(folder, out)
