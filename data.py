@@ -663,9 +663,9 @@ def _drum(kind, rng):
 
 
 def _play(piece, notes, rng):
-    """The sound of the notes: (160000,) float32. The clip begins anywhere in the first bar."""
+    """The sound of the notes, (160000,) float32, and the instruments in it. A clip begins in the first bar."""
     drums = {kind: _drum(kind, rng) for kind in "ksh"}
-    wave = np.zeros(10 * SAMPLE_RATE, np.float32)
+    wave, heard = np.zeros(10 * SAMPLE_RATE, np.float32), set()
     sixteenth = 15 / piece.tempo * SAMPLE_RATE  # samples
     clip_start = rng.uniform(0, len(piece.chord_rhythm)) * sixteenth
     for start, length, pitch, lowest, instrument, level in notes:
@@ -678,15 +678,17 @@ def _play(piece, notes, rng):
         at = int(start * sixteenth - clip_start)
         sound = sound[max(0, -at) : max(0, len(wave) - at)]  # the part inside the clip
         wave[max(0, at) :][: len(sound)] += level * rng.uniform(0.7, 1) * sound
+        if len(sound) > 0:
+            heard.add(instrument)
     power = np.mean(wave**2)
     wave += rng.standard_normal(len(wave), dtype=np.float32) * np.sqrt(power * 10 ** (piece.hiss / 10))
-    return wave * np.sqrt(10 ** (piece.loudness / 10) / np.mean(wave**2))
+    return wave * np.sqrt(10 ** (piece.loudness / 10) / np.mean(wave**2)), heard
 
 
-def _label(piece, notes, rng):
+def _label(piece, heard, rng):
     """The key, the style, the tags and the mood (arousal, valence) of a piece."""
     drums = piece.drum_rhythm != ""
-    wind = any(instrument in ("flute", "brass") for *_, instrument, _ in notes)
+    wind = "flute" in heard or "brass" in heard
     tags = [drums, piece.bass_rhythm != "", piece.melody, piece.minor, piece.tempo > 120, piece.tempo < 80]
     tags += [piece.tilt > 0.1, piece.tilt < -0.2, wind, piece.hiss > -35]  # in the order of TAGS
     fast, bright, loud = (piece.tempo - 100) / 30, (piece.tilt + 0.05) / 0.145, (piece.loudness + 27) / 5.2
@@ -706,9 +708,9 @@ def synthesize(n, seed, first=0):
     for number in range(first, first + n):
         rng = np.random.default_rng([seed, number])
         piece = _draw_piece(rng)
-        notes = _compose(piece, rng)
-        waves.append(_play(piece, notes, rng))
-        labels.append(_label(piece, notes, rng))
+        wave, heard = _play(piece, _compose(piece, rng), rng)
+        waves.append(wave)
+        labels.append(_label(piece, heard, rng))
     key, style, tags, mood = (torch.tensor(np.array(column)) for column in zip(*labels))
     labels = {"key": key, "style": style, "tags": tags.float(), "mood": mood.float()}
     return torch.from_numpy(np.stack(waves)), labels
