@@ -14,7 +14,6 @@ of a hybrid model are concatenated.
 
 import argparse
 import hashlib
-import json
 import os
 from dataclasses import replace
 from functools import partial
@@ -22,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from probe import QUICK_GRID, choose_encoders, embed_task, fit_all
-from probe import load_task, predict, run_command, score_test, task_name
+from probe import QUICK_GRID, embed_task, fit_all, load_task, open_encoder
+from probe import run_command, save_results, score_test
 
 SWEEP = (30.0, 20.0, 10.0, 5.0, 0.0, -5.0, -10.0)  # dB
 PROBES = {"linear": (), "MLP 256-128": (256, 128)}  # hidden layers, after arXiv 2505.06042
@@ -43,12 +42,6 @@ def add_white_noise(wave, snr_db, generator=None):
     return wave + std * torch.randn(wave.shape, generator=generator, dtype=wave.dtype, device=wave.device)
 
 
-def common_folder(task):
-    """The folder that holds all files of a task."""
-    paths = [os.path.abspath(clip.path) for clip in task.clips if isinstance(clip.path, Path)]
-    return os.path.commonpath(paths) if paths else ""
-
-
 def noisy_versions(wave, clip, folder, snrs, repeats):
     """A clip with each draw of noise at each SNR: a list of repeats * len(snrs) waves.
 
@@ -57,7 +50,7 @@ def noisy_versions(wave, clip, folder, snrs, repeats):
     """
     name = str(clip.path)  # of embedded music (seed, number)
     if isinstance(clip.path, Path):
-        name = Path(os.path.relpath(os.path.abspath(clip.path), folder)).as_posix()
+        name = Path(os.path.relpath(clip.path, folder)).as_posix()
     waves = []
     for repeat in range(repeats):
         text = f"{name} {clip.offset} {repeat}".encode(errors="surrogateescape")
@@ -76,79 +69,57 @@ def concatenated(features):
     return torch.cat(list(features.rows.values()), dim=-1)
 
 
-def summary(task, targets, outputs, groups, clean=None):
-    """Scores of outputs (R, n, C) from R draws of the noise, as a plain dict.
-
-    The mean over draws of every metric; for the primary one also each draw's score, the 95% interval of the
-    mean and the drop from the score `clean`.
-    """
-    scores, interval, unit = score_test(task, targets, outputs, groups)
-    primary = next(iter(scores))
-    found = {name: float(values.mean()) for name, values in scores.items()}
-    found |= {"draws": scores[primary].tolist(), "interval": interval, "interval_over": unit}
-    if clean is not None:
-        found["drop"] = clean - found[primary]  # as a share of 1
-        found["drop_percent"] = 100 * found["drop"] / clean if clean > 0 else None  # of the clean score
-    return found
-
-
-def noise_check(
-    task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, patience=256,
-    device="cpu", workers=None, cache=None,
-):  # fmt: skip
+def noise_check(task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, device="cpu", workers=None):
     """Train probes on clean sound; score them on clean sound and at each of `snrs` (dB), `repeats` draws.
 
-    `encoders` {name: encoder} and `cache` are as in `embed_task`. Each probe gets the settings of `grid` that
-    are best on the clean validation split, after early stopping with `patience` (see `fit_grid`). Returns the
-    results as a plain dict; `scores` has an entry for each representation, probe and SNR (None: clean).
+    `encoders` {name: encoder} are as in `embed_task`. Each probe gets the settings of `grid` that are best on
+    the clean validation split. Returns the results as a plain dict; `scores` has an entry for each
+    representation, probe and SNR (None: clean).
     """
-    test = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
-    corrupt = partial(noisy_versions, folder=common_folder(task), snrs=snrs, repeats=repeats)
-    clean = embed_task(task, encoders, None, device, workers, cache, label="clean sound")
-    noisy = embed_task(test, {**encoders, "power": mean_power}, corrupt, device, workers, label="noisy sound")
-    power = concatenated(noisy.pop("power"))  # (n, V, 1)
+    files = [os.path.abspath(clip.path) for clip in task.clips if isinstance(clip.path, Path)]
+    folder = os.path.commonpath(files) if files else ""
+    corrupt = partial(noisy_versions, folder=folder, snrs=snrs, repeats=repeats)
+    test_task = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
+    clean = embed_task(task, encoders, None, device, workers, "clean sound")
+    noisy = embed_task(test_task, {**encoders, "power": mean_power}, corrupt, device, workers, "noisy sound")
+    power = noisy.pop("power").rows["mean_power"]  # (n, V, 1)
 
     jobs = {}
-    for name in encoders:
-        for probe_name, hidden in PROBES.items():
-            settings = [c._replace(hidden=hidden) for c in grid if bool(c.hidden) == bool(hidden)]
+    for probe_name, hidden in reversed(PROBES.items()):  # the MLP, which takes longer, first
+        settings = [c._replace(hidden=hidden) for c in grid if bool(c.hidden) == bool(hidden)]
+        for name in encoders:
             jobs[name, probe_name] = clean[name], concatenated(clean[name]), settings
     scores = []
-    fitted = fit_all(task, jobs, seed=seed, device=device, patience=patience)
-    for (name, probe_name), (_, probe) in fitted.items():
-        entry = {"representation": name, "probe": probe_name, "configuration": probe.configuration._asdict()}
-        entry["valid"] = probe.valid
-        targets, outputs, groups = predict(task, clean[name], concatenated(clean[name]), probe, device=device)
-        on_clean = summary(task, targets, outputs[None], groups)
-        metric = next(iter(on_clean))
+    for (name, probe_name), (_, probe) in fit_all(task, jobs, False, seed, device).items():
+        entry = {"representation": name, "probe": probe_name, "valid": probe.valid}
+        entry["configuration"] = probe.configuration._asdict()
+        on_clean = score_test(task, clean[name], concatenated(clean[name]), probe, device=device)
         scores.append({**entry, "snr": None, **on_clean})
-        _, outputs, _ = predict(test, noisy[name], concatenated(noisy[name]), probe, device=device)
-        outputs = outputs.unflatten(0, (repeats, len(snrs)))  # (R, SNRs, n, C)
+        rows = concatenated(noisy[name]).unflatten(1, (repeats, len(snrs)))  # (n, R, SNRs, F)
         for s, snr in enumerate(snrs):
-            on_noisy = summary(task, targets, outputs[:, s], groups, on_clean[metric])
-            scores.append({**entry, "snr": snr, **on_noisy})
-    skipped = next(iter(clean.values())).skipped
+            found = score_test(test_task, noisy[name], rows[:, :, s], probe, device=device)
+            drop = on_clean["score"] - found["score"]  # as a share of 1
+            share = 100 * drop / on_clean["score"] if on_clean["score"] > 0 else None
+            scores.append({**entry, "snr": snr, **found, "drop": drop, "drop_percent": share})
     return {
         "task": task.name,
         "kind": task.kind,
-        "metric": metric,
         "snrs": list(snrs),
         "repeats": repeats,
         "clips": len(power),
         "silent_clips": int((power == 0).flatten(1).all(dim=1).sum()),  # no noise is added to them
         "seed": seed,
-        "incomplete": bool(task.missing or skipped),
         "missing": task.missing,
-        "skipped": skipped,
+        "skipped": next(iter(clean.values())).skipped,
         "scores": scores,
     }
 
 
-def _cell(row, metric):
+def _cell(row, draws):
     """A score in percent, its interval and, on noisy sound, the drop from clean in points and in percent."""
     low, high = row["interval"]
-    cell = f"{100 * row[metric]:5.1f}"
-    if len(row["draws"]) > 1:
+    cell = f"{100 * row['score']:5.1f}"
+    if draws > 1 and row["snr"] is not None:
         cell += f" ±{100 * torch.tensor(row['draws']).std():.1f}"
     cell += f" ({100 * low:.0f} to {100 * high:.0f})"
     if row["snr"] is not None:
@@ -159,32 +130,23 @@ def _cell(row, metric):
 
 
 def table(results):
-    """The results as text: for each probe a row per SNR, a column per representation; then MLP - linear."""
-    metric = results["metric"]
-    rows = {(row["probe"], row["representation"], row["snr"]): row for row in results["scores"]}
-    names = list(dict.fromkeys(name for _, name, _ in rows))
-    levels = {None: "clean", **{snr: f"{snr:g} dB" for snr in results["snrs"]}}
-    lines = []  # of a head and cells
-    for probe in PROBES:
-        lines += [("", []), (probe, names)]
-        for snr, level in levels.items():
-            found = [rows[probe, name, snr] for name in names]
-            lines.append((f"  {level}", [_cell(row, metric) for row in found]))
-    linear, mlp = PROBES
-    lines += [("", []), ("MLP - linear", names)]
-    for snr, level in levels.items():
-        gains = [rows[mlp, name, snr][metric] - rows[linear, name, snr][metric] for name in names]
-        lines.append((f"  {level}", [f"{100 * gain:+5.1f}" for gain in gains]))
-    width = 2 + max(len(cell) for _, cells in lines for cell in cells)
+    """The results as text: for each probe a line per SNR, with a column per representation."""
+    rows = {(row["probe"], row["snr"], row["representation"]): row for row in results["scores"]}
+    names = list(dict.fromkeys(name for _, _, name in rows))
+    first = results["scores"][0]
     draws = " ± standard deviation over draws" if results["repeats"] > 1 else ""
-    unit = results["scores"][0]["interval_over"]
-    text = [
-        f"{results['task']}, {results['clips']} test clips: {metric} in percent{draws}",
-        f"  (95% interval over {unit}), then the drop from clean in points and in percent of the clean score",
-    ]
-    for head, cells in lines:
-        text.append("".join([f"{head:<15}", *(f"{cell:<{width}}" for cell in cells)]).rstrip())
-    return "\n".join(text)
+    text = f"{results['task']}, {results['clips']} test clips: {first['metric']} in percent{draws}\n"
+    text += f"  (95% interval over {first['interval_over']}), drop from clean in points and in percent\n"
+    for probe in PROBES:
+        lines = [(probe, names)]
+        for snr in (None, *results["snrs"]):
+            level = "  clean" if snr is None else f"  {snr:g} dB"
+            lines.append((level, [_cell(rows[probe, snr, name], results["repeats"]) for name in names]))
+        width = 2 + max(len(cell) for _, cells in lines for cell in cells)
+        for head, cells in lines:
+            text += f"\n{head:<15}" + "".join(f"{cell:<{width}}" for cell in cells).rstrip()
+        text += "\n"
+    return text
 
 
 def command_line():
@@ -194,28 +156,14 @@ def command_line():
     levels = parser.add_mutually_exclusive_group()
     levels.add_argument("--snr", nargs="+", type=float, metavar="DB", help="signal-to-noise (default: 0)")
     levels.add_argument("--sweep", action="store_true", help=f"at {' '.join(map(str, SWEEP))} dB")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="draws of the noise (default: 1)")
+    parser.add_argument("--repeat", type=int, metavar="N", help="draws of the noise (default: 1)")
     return parser
 
 
 def unused_options(args):
     """See `run_command`."""
     hand_made = not {"checkpoint", "random"} & set(args.representations or REPRESENTATIONS)
-    return [(hand_made, "hand-made representations", ("checkpoint", "patch"))]
-
-
-def result_name(args, task, snrs, encoders):
-    """The name of the result file; what differs from the defaults is in it."""
-    parts = ["noise", task_name(args, task)]
-    parts += [args.kind] if args.kind else []
-    parts += list(encoders) if len(encoders) < len(REPRESENTATIONS) else []
-    if args.sweep:
-        parts.append("sweep")
-    elif snrs != [0.0]:
-        parts.append("snr" + ",".join(f"{snr:g}" for snr in snrs))
-    parts += [f"x{args.repeat}"] if args.repeat > 1 else []
-    parts += [f"seed{args.seed}"] if args.seed else []
-    return "_".join(parts) + ".json"
+    return [(hand_made, "with hand-made representations", "checkpoint patch")]
 
 
 def noise_eval(args):
@@ -224,32 +172,21 @@ def noise_eval(args):
     for snr in snrs:
         if not -100 <= snr <= 100:
             raise ValueError(f"--snr {snr:g}: a signal-to-noise ratio lies between -100 and 100 dB")
-    if args.repeat < 1:
-        raise ValueError(f"--repeat {args.repeat}: the noise must be drawn at least once")
     if args.checkpoint == "random":
         raise ValueError("--checkpoint random is for probe.py: use --representations random here")
     task = load_task(args.task, args.data, args.kind)
     names = [name for name in REPRESENTATIONS if name in (args.representations or REPRESENTATIONS)]
-    chosen = choose_encoders(names, args)
+    chosen = [open_encoder(name, args) for name in names]
     encoders = {encoder.name: encoder.encoder for encoder in chosen}
-    cache = {encoder.name: encoder.cache(task) for encoder in chosen}
     machine = {"device": args.device, "workers": args.workers}
-    results = noise_check(task, encoders, snrs, args.repeat, QUICK_GRID, args.seed, cache=cache, **machine)
+    results = noise_check(task, encoders, snrs, args.repeat or 1, seed=args.seed, **machine)
     results["keys"] = {encoder.name: encoder.key for encoder in chosen}  # of checkpoints, their SHA-1
-    path = chosen[0].folder / result_name(args, task, snrs, encoders)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(results))
-    os.replace(path.with_suffix(".part"), path)
 
     print("\n" + table(results))
     if results["silent_clips"]:
         print(f"silent clips, to which no noise was added: {results['silent_clips']}")
-    if results["incomplete"]:
-        missing, skipped = results["missing"], results["skipped"]
-        print(f"INCOMPLETE: {len(missing)} files missing, {len(skipped)} clips unreadable")
-        for line in [*missing, *(reason for _, reason in skipped)][:10]:
-            print(f"  {line}")
-    print(f"\n{path}")
+    more = list(encoders) if len(encoders) < len(REPRESENTATIONS) else []
+    save_results(results, chosen[0].folder, "noise", task, more, args, "snr sweep repeat kind seed")
 
 
 def main():
