@@ -137,7 +137,7 @@ class Config:
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r}: it must be one of {', '.join(SIZES)}")
         if self.patch not in (*PATCHES, "hybrid"):
-            raise ValueError(f"patch {self.patch!r}: it must be one of {', '.join(PATCHES)}, hybrid")
+            raise ValueError(f"patch {self.patch!r}: it must be one of {', '.join(PATCHES)}, hybrid (--patch)")
 
 
 class Myna(nn.Module):
