@@ -137,7 +137,7 @@ class Config:
         if self.size not in SIZES:
             raise ValueError(f"size {self.size!r}: it must be one of {', '.join(SIZES)}")
         if self.patch not in (*PATCHES, "hybrid"):
-            raise ValueError(f"patch {self.patch!r}: it must be one of {', '.join(PATCHES)}, hybrid (--patch)")
+            raise ValueError(f"patch {self.patch!r}: it must be one of square, vertical, hybrid (--patch)")
 
 
 class Myna(nn.Module):
@@ -298,7 +298,7 @@ def load_model(path, patch=None):
         if any(not name.startswith("projector.") for name in missing):
             raise ValueError(f"{missing[0]} is missing")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be loaded as a Myna: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     return model.eval()
 
 
