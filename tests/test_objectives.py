@@ -19,7 +19,7 @@ import data
 import probe
 import train
 from model import N_TOKENS, OBJECTIVES, PATCHES, keep_tokens, k_means, load_model, mfcc_of_patches
-from model import move_teacher, patchify, retrieval_accuracy, spread
+from model import patchify, spread
 
 ROOT = Path(__file__).parent.parent
 HIDDEN_PATCHES = ("mae", "data2vec", "hubert")
@@ -219,23 +219,9 @@ def test_vicreg_is_distance_variance_and_covariance(corpus):
     outputs = torch.randn(2, 6, 5, generator=generator()) * torch.tensor([1, 4, 0.1, 1, 3]) + 2
     check_loss(lambda z: objective.loss(z, 0.3), slow_vicreg, outputs)
     constant = torch.ones(2, 6, 5)
-    assert objective.loss(constant, 0.3).item() == pytest.approx(
-        1 - math.sqrt(1e-5)
-    )  # a collapse: variance 0
+    assert objective.loss(constant, 0.3).item() == pytest.approx(1 - math.sqrt(1e-5))  # a collapse
     z = 2 * torch.tensor([[1, 1], [1, -1], [-1, 1], [-1, -1.0]])
     assert objective.loss(torch.stack([z, z]), 0.3).item() == pytest.approx(0, abs=1e-6)
-
-
-def test_views_can_be_exchanged_and_the_order_of_pairs_does_not_matter(corpus):
-    for name in TWO_VIEWS:
-        objective, *_ = build(corpus, name)
-        width = () if name in ("contrast", "barlow", "vicreg") else (2,)
-        outputs = torch.randn(2, 6, *width, 512, generator=generator()) / 10
-        loss = objective.loss(outputs, 0.5)
-        assert torch.allclose(loss, objective.loss(outputs.flip(0), 0.5), rtol=1e-5), name
-        assert torch.allclose(loss, objective.loss(outputs.flip(1), 0.5), rtol=1e-5), name
-        broken = torch.stack([outputs[0], outputs[1].roll(1, 0)])  # other pairs
-        assert not torch.allclose(loss, objective.loss(broken, 0.5), rtol=1e-5), name
 
 
 # --- the losses of hidden patches --------------------------------------------------------------------------
@@ -399,7 +385,7 @@ def inertia(points, centroids):
     return torch.cdist(points.double(), centroids.double()).min(dim=1).values.square().sum().item()
 
 
-def lloyd(points, centroids, iterations=50):
+def lloyd(points, centroids, iterations):
     """Lloyd's algorithm by loops over the clusters."""
     points, centroids = points.double(), centroids.double().clone()
     for _ in range(iterations):
@@ -418,23 +404,13 @@ def blobs(per_blob=12, k=6):
     return points[torch.randperm(len(points), generator=generator(10))]
 
 
-def test_k_means_ends_where_each_centroid_is_the_mean_of_its_points():
-    points = blobs()
-    centroids = k_means(points, 6, generator(1))
-    nearest = [slow_nearest(point, centroids.tolist()) for point in points.tolist()]
-    assert set(nearest) == set(range(6))
-    for cluster in range(6):
-        own = points[[i for i, found in enumerate(nearest) if found == cluster]]
-        assert torch.allclose(centroids[cluster], own.mean(dim=0), atol=1e-5)
-    assert torch.equal(centroids, k_means(points, 6, generator(1)))  # same seed, same result
-
-
 def test_k_means_iterates_as_lloyds_algorithm_does():
     points = blobs()
     start = k_means(points, 6, generator(1), iterations=0)
-    for iterations in (1, 3):
+    for iterations in (1, 3, 50):
         found = k_means(points, 6, generator(1), iterations=iterations)
         assert torch.allclose(found.double(), lloyd(points, start, iterations), atol=1e-5)
+    assert torch.equal(found, k_means(points, 6, generator(1)))  # same seed, same result
 
 
 def test_the_start_of_k_means_is_drawn_by_squared_distance():
@@ -448,16 +424,6 @@ def test_the_start_of_k_means_is_drawn_by_squared_distance():
     second = [k_means(line, 2, chance, iterations=0)[1].item() for _ in range(2000)]
     assert set(second) == {1.0, 3.0}
     assert second.count(1.0) / 2000 == pytest.approx(1 / (1 + 9), abs=0.03)
-
-
-def test_k_means_is_at_least_as_good_as_random_starts():
-    points = blobs()
-    ours, others = [], []
-    for seed in range(5):
-        ours.append(inertia(points, k_means(points, 6, generator(seed))))
-        chosen = torch.randperm(len(points), generator=generator(seed))[:6]
-        others.append(inertia(points, lloyd(points, points[chosen], 15)))
-    assert np.mean(ours) <= np.mean(others) and min(ours) <= min(others) * 1.001
 
 
 def test_k_means_with_empty_clusters_and_equal_points():
@@ -476,9 +442,8 @@ def test_hubert_clusters_the_moments_of_the_corpus(corpus):
     objective, *_ = build(corpus, "hubert", "--clusters", 20)
     segments = corpus.sample_pairs(torch.arange(96), generator(4)).flatten(0, 1)
     moments = mfcc_of_patches(segments).flatten(0, 1)
-    assert torch.allclose(
-        objective.scale, moments.std(dim=0), rtol=0.2
-    )  # of other segments of the same clips
+    scale = moments.std(dim=0)  # of other segments of the same clips
+    assert torch.allclose(objective.scale, scale, rtol=0.2)
     points = moments[torch.randperm(len(moments), generator=generator())[:2000]] / objective.scale
     counts = torch.bincount(objective.clusters(segments).flatten(), minlength=20)
     assert (counts > 0).sum() == 20 and counts.max() < 0.5 * counts.sum()
@@ -564,11 +529,8 @@ MOMENTUM = {
 def test_teachers_are_moving_averages_and_receive_no_gradient(corpus, name):
     objective, optimizer, args = build(corpus, name, patch="hybrid")
     student = [objective.model] if name == "data2vec" else [objective.model, objective.head]
-    state = lambda modules: {
-        f"{i}.{key}": value.double().clone()
-        for i, m in enumerate(modules)
-        for key, value in m.named_parameters()
-    }
+    named = lambda modules: torch.nn.ModuleList(modules).named_parameters()
+    state = lambda modules: {key: value.double().clone() for key, value in named(modules)}
     teacher = dict(objective.teacher.named_parameters())
     start = state(student)
     assert teacher.keys() == start.keys()
@@ -613,16 +575,6 @@ def test_targets_carry_no_gradient(corpus):
         for key, value in objective.state_dict().items():
             if key.startswith(("teacher", "centroids", "scale")):
                 assert not value.requires_grad
-
-
-def test_a_moved_teacher_is_exact_at_the_ends():
-    a, b = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
-    teacher = torch.nn.ModuleList([b])
-    before = b.weight.clone()
-    move_teacher(teacher, a, momentum=1)
-    assert torch.equal(b.weight, before)
-    move_teacher(teacher, a, momentum=0)
-    assert torch.equal(b.weight, a.weight)
 
 
 def test_spread_is_0_for_equal_vectors_and_1_for_evenly_spread_ones():
