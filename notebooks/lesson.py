@@ -25,7 +25,6 @@ from IPython.display import HTML, Markdown, display
 
 import train
 from data import HOP, KEYS, N_MELS, SAMPLE_RATE, build_embedded_corpus
-from model import OBJECTIVES
 
 # -----------------------------------------------------------------------------------------------------------
 # Style: colours that colour-blind people can tell apart (Okabe and Ito 2008), text of at least 10 points
@@ -202,9 +201,7 @@ def settings_of(objective="contrast", **settings):
         if not hasattr(args, name):
             raise TypeError(f"train.py has no setting {name!r}")
         setattr(args, name, value)
-    if args.mask is None:
-        args.mask = OBJECTIVES[objective].mask
-    train.check_settings(args)
+    train.check_settings(args)  # also sets the default of the mask ratio
     train.choose_device(args)  # sets the defaults that depend on the device
     return args
 
