@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as recompute_in_backward
 
-MEL_BANDS, FRAMES = 128, 96  # of a segment
+MEL_BANDS, FRAMES = 128, 96  # of a segment; the authors' vertical model alone is trained on 98 frames
 PATCHES = {"square": (16, 16), "vertical": (128, 2)}  # mel bands x frames
 N_TOKENS, P = 48, 256  # N patches of P values make a segment, for both shapes
 SIZES = {  # width D, depth, heads, width of the feed-forward layer
@@ -130,7 +130,7 @@ class Config:
 
     size: str = "vit-s"  # a name in SIZES
     patch: str = "hybrid"  # "square", "vertical", or "hybrid" for both
-    projection: int = 128  # width of the vectors that the loss compares; not published, SimCLR's choice
+    projection: int = 128  # the projector is D -> D -> 128, SimCLR's choice; the authors' is not published
     log_mel: bool = False  # log(1 + power) in front of the tokenizer; off in the released models
 
     def __post_init__(self):
@@ -188,6 +188,8 @@ class Myna(nn.Module):
     @torch.no_grad()
     def embed(self, mel, patch=None):
         """The mean of all 48 tokens: (B, 128, 96) -> (B, D). Hybrid: (B, 2 D), or `patch` names one shape."""
+        if patch not in (None, *self.patches):
+            raise ValueError(f"this model has {' and '.join(self.patches)} patches, not {patch!r}")
         patches = self.patches if patch is None else (patch,)
         return torch.cat([self.tokens(mel, p).mean(dim=1) for p in patches], dim=1)
 
@@ -203,8 +205,12 @@ def info_nce(z1, z2, temperature=0.1, decoupled=False, anchors=None):
         loss(a) = -log( exp s(a, a') / sum over b of exp s(a, b) )
 
     b is every view but a (NT-Xent of SimCLR; chance level: ln(2B - 1)). With `decoupled`, as section 3.1 has
-    it, b is every view of the other clips (ln(2B - 2)). `anchors` selects some of the 2B views.
+    it, b is every view of the other clips (ln(2B - 2)); the printed sum has anchors of view 1 only. The
+    authors' code trains with SogCLR, a moving-average variant. `anchors` selects some of the 2B views.
+    Raises ValueError for a single pair.
     """
+    if len(z1) < 2:
+        raise ValueError("the contrastive loss needs two pairs: with one there are no negatives")
     z = F.normalize(torch.cat([z1, z2]).float(), dim=1)  # (2B, d)
     own = torch.arange(len(z), device=z.device) if anchors is None else anchors  # (A,)
     partner = (own + len(z1)) % len(z)  # (A,), the place of a'
@@ -398,7 +404,10 @@ def move_teacher(teacher, student, momentum):
 
 
 class Byol(TeacherObjective):
-    """BYOL (Grill et al. 2020): predict the teacher's vector of the other view. There are no negatives."""
+    """BYOL (Grill et al. 2020): predict the teacher's vector of the other view. There are no negatives.
+
+        loss = 2 - 2 cos(predictor(student(view 1)), teacher(view 2)), and with the views exchanged
+    """
 
     def __init__(self, model, settings):
         super().__init__(model, settings, 1, 1, 1, 2)
@@ -411,10 +420,16 @@ class Byol(TeacherObjective):
 
 
 class Clustering(TeacherObjective):
-    """Clustering in DINO's form (Caron et al. 2021): predict the teacher's soft cluster of the other view."""
+    """Clustering in DINO's form (Caron et al. 2021): predict the teacher's soft cluster of the other view.
+
+        loss = -sum of t log s, and with the views exchanged, over 4 D clusters, where
+        s = softmax(student(view 1) / 0.1),  t = softmax((teacher(view 2) - centre) / tau)
+
+    Adapted: tau rises from 0.02 to 0.04 in the first tenth of the run, not in the first epochs.
+    """
 
     def __init__(self, model, settings):
-        super().__init__(model, settings, 1, 1, 1, 1 / 4, 4)  # 4 D clusters
+        super().__init__(model, settings, 1, 1, 1, 1 / 4, 4)
         self.register_buffer("centre", torch.zeros(4 * self.dim))  # a moving average of the teacher's outputs
         self.means = []  # of the teacher's outputs in this step, one for each patch shape
 
@@ -438,7 +453,11 @@ def off_diagonal(matrix):
 
 
 class Barlow(Objective):
-    """Barlow Twins (Zbontar et al. 2021): each dimension equal in both views, uncorrelated with others."""
+    """Barlow Twins (Zbontar et al. 2021): each dimension equal in both views, uncorrelated with others.
+
+        C = a^T b / B, with the vectors a and b of both views, each dimension standardised over the batch
+        loss = mean over the diagonal of (1 - C)^2 + mean of C^2 outside the diagonal (not sums, as there)
+    """
 
     def __init__(self, model, settings):
         super().__init__(model, settings)
@@ -457,7 +476,10 @@ class Barlow(Objective):
 
 
 class Vicreg(Barlow):
-    """VICReg (Bardes et al. 2022): equal vectors for both views; spread out, uncorrelated dimensions."""
+    """VICReg (Bardes et al. 2022): equal vectors for both views; spread out, uncorrelated dimensions.
+
+        loss = mean (a - b)^2 + mean relu(1 - sqrt(var + 1e-5)) + mean of cov^2 outside the diagonal
+    """
 
     def loss(self, outputs, progress):
         a, b = outputs.float()  # (B, 2 D) each
@@ -470,7 +492,13 @@ class Vicreg(Barlow):
 
 
 class MaskedAutoencoder(Objective):
-    """MAE (He et al. 2022; section 4.6): predict the hidden patches themselves, by mean squared error."""
+    """MAE (He et al. 2022; section 4.6): predict the hidden patches themselves.
+
+        loss = mean over the hidden patches of (prediction - target)^2, target = log(1 + power)
+
+    With --target patch each target is normalised, as in MAE's paper: the tokenizer's LayerNorm removes a
+    patch's level, so that the level of a hidden patch is hard to predict.
+    """
 
     two_views = False  # both segments of a clip are used, but not compared
     mask = 0.75  # MAE's; the Myna paper does not state its own
@@ -492,7 +520,7 @@ class MaskedAutoencoder(Objective):
     def error(self, prediction, mel, patch):
         """How wrong each prediction is: (R, N, width) -> (R, N)."""
         target = patchify(mel, patch).float().log1p()  # as in the authors' code
-        if self.settings.target == "patch":  # normalised, as in MAE's paper
+        if self.settings.target == "patch":
             target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
         return (prediction - target).square().mean(dim=-1)
 
@@ -507,7 +535,10 @@ class MaskedAutoencoder(Objective):
 
 
 class Data2vec(MaskedAutoencoder):
-    """data2vec (Baevski et al. 2022; music2vec): predict a teacher's features of the hidden patches."""
+    """data2vec (Baevski et al. 2022; music2vec): predict a teacher's features of the hidden patches.
+
+        loss = mean over the hidden patches of sum over D of (prediction - target)^2 / sqrt(D)
+    """
 
     mask = 0.65  # music2vec's
     scheduled = True
@@ -534,7 +565,10 @@ class Data2vec(MaskedAutoencoder):
 
 
 class Hubert(MaskedAutoencoder):
-    """HuBERT (Hsu et al. 2021; musicHuBERT): predict the MFCC cluster of hidden patches, by cross-entropy."""
+    """HuBERT (Hsu et al. 2021; musicHuBERT): predict the MFCC cluster of the hidden patches.
+
+        loss = -log softmax(cos(prediction, embedding of each cluster) / 0.1), of the patch's cluster
+    """
 
     mask = 0.65  # musicHuBERT's
     patches = ("vertical",)
@@ -681,7 +715,10 @@ def adapt(model, method, size=None):
     """Put a method of ADAPTATIONS into a Myna, in place, and freeze the rest. Returns the trained parameters.
 
     "full" trains the encoder, "bitfit" the transformer's biases (Ben Zaken et al. 2022), "head" nothing.
+    Raises ValueError for an unknown method, a wrong size, and a model with inserted modules.
     """
+    if method not in ADAPTATIONS:
+        raise ValueError(f"adaptation {method!r}: it must be one of {', '.join(ADAPTATIONS)}")
     if model.adaptation:
         raise ValueError(f"this model has been adapted before, with {model.adaptation['method']}")
     if size is not None and (ADAPTATIONS[method] is None or not 1 <= size <= 1024):

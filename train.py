@@ -14,6 +14,7 @@ killed and resumed gives the same weights as one that was not, and processes tha
 """
 
 import argparse
+import datetime
 import json
 import math
 import os
@@ -61,8 +62,9 @@ def command_line():
     add("--batch", type=int, default=4096, help="pairs in a step, over all processes (default: %(default)s)")
     add("--chunk", type=int, help="pairs encoded at once: same result, less memory (default: all; CPU: 256)")
     add("--mask", type=float, help="share of patches dropped (default: 0.9; mae 0.75; data2vec, hubert 0.65)")
-    add("--epochs", type=int, help="passes over the corpus (default: 500)")
-    add("--steps", type=int, help="or a number of steps, if no --epochs are given")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=int, help="passes over the corpus (default: 500)")
+    length.add_argument("--steps", type=int, help="or a number of steps")
     add("--lr", type=float, default=3e-4, help="learning rate, constant (default: %(default)s)")
     add("--weight-decay", type=float, default=1e-5, help="L2 in Adam's gradient (default: %(default)s)")
     add("--temperature", type=float, default=0.1, help="of the loss (default: %(default)s)")
@@ -138,7 +140,9 @@ def choose_device(args):
     if gpu:
         torch.cuda.set_device(trial.device)
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if gpu else "gloo", device_id=trial.device if gpu else None)
+        a_day = datetime.timedelta(days=1)  # the others wait while process 0 builds a corpus
+        backend, gpu_of_process = ("nccl", trial.device) if gpu else ("gloo", None)
+        dist.init_process_group(backend, timeout=a_day, device_id=gpu_of_process)
     return trial.device
 
 
@@ -298,6 +302,8 @@ def gather(z):
 
 def save_run(out, objective, optimizer, step, settings, corpus):
     """Write checkpoint.pt beside the previous one and rename it, so that there is always a complete one."""
+    if not all(parameter.isfinite().all() for parameter in objective.parameters()):
+        raise ValueError(f"the weights after step {step} are not finite, nothing saved; lower --lr")
     state = {"optimizer": optimizer.state_dict(), "objective": objective.state_dict(), "step": step}
     save_model(objective.model, out / "checkpoint.pt", **state, settings=settings, corpus=corpus)
 
@@ -354,14 +360,14 @@ def train(args, checkpoint=None):
     tqdm.write(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} an epoch, {device}")
 
     logged = saved = time.monotonic()
-    bar = tqdm(batches(corpus, clips, done, args, device), total=args.steps, initial=done, disable=RANK > 0)
+    options = {"total": args.steps, "initial": done, "unit": "step", "disable": RANK > 0}
+    bar = tqdm(batches(corpus, clips, done, args, device), **options)
     with bar, open(log_path, "a") as log:
         for step, (views, kept) in enumerate(bar, done + 1):
             figures = train_step(objective, optimizer, views, kept, min(1, step / planned), args)
             loss, std, retrieval = figures.tolist()  # waits for a GPU
-            weights = parameters_to_vector(objective.parameters())
-            if not (math.isfinite(loss) and weights.isfinite().all()):
-                raise ValueError(f"step {step}: loss or weights are not finite, nothing saved; lower --lr")
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss of step {step} is not finite, nothing saved; lower --lr")
 
             speed = args.batch / (time.monotonic() - logged)
             logged = time.monotonic()
@@ -370,6 +376,9 @@ def train(args, checkpoint=None):
             line |= {"pairs_per_second": speed, "time": time.time()}
             print(json.dumps(line), file=log, flush=True)
             bar.set_postfix_str(f"loss {loss:.3f}, std {std:.2f}, {speed:,.0f} pairs/s", refresh=False)
+            if step == done + 3:  # the first steps are slower
+                left = tqdm.format_interval((args.steps - step) * args.batch / speed)
+                tqdm.write(f"about {left} left at {speed:,.0f} pairs/s")
 
             stop = torch.tensor(len(STOP), device=device)
             if WORLD > 1:

@@ -81,7 +81,7 @@ def test_a_run_leaves_a_model_and_a_log_and_says_so(folder):
     again = run(folder, "--data", "corpora/small", "--out", "runs/again", *SMALL)
     said = again.stderr + again.stdout
     assert again.returncode == 0 and "checkpoint.pt" in said and "chance level" in said
-    assert re.search(r" \d/12 \[\d\d:\d\d<\d\d:\d\d, .*it.*loss .* pairs/s", said)  # with the time left
+    assert re.search(r" \d/12 \[\d\d:\d\d<\d\d:\d\d, .*step.*loss .* pairs/s", said)  # with the time left
     whole = weights(folder / "runs/whole/checkpoint.pt")
     assert same(whole, weights(folder / "runs/again/checkpoint.pt"))  # same seed, same result
     other = run(folder, "--data", "corpora/small", "--out", "runs/other", *SMALL, "--seed", 1)
@@ -281,7 +281,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder):
     done = run(folder, "--data", "corpora/small", "--out", "runs/nan", *settings)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     lines = log_of(folder / "runs/nan")[1:]
-    assert f"step {len(lines) + 1}: loss or weights are not finite" in done.stderr
+    assert f"the loss of step {len(lines) + 1} is not finite" in done.stderr
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert torch.load(folder / "runs/nan/checkpoint.pt", weights_only=True)["step"] == len(lines)
 
