@@ -26,9 +26,7 @@ import threading
 import warnings
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import lru_cache, partial
-from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,17 +68,8 @@ def audio_files(folder):
     return sorted(found)
 
 
-def _mono_16k(block, rate):
-    """(samples, channels) at `rate` Hz -> (samples,) at 16 kHz: the mean of the channels, resampled."""
-    wave = block.mean(axis=1)
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        wave = resample_poly(wave, SAMPLE_RATE // common, rate // common)
-    return torch.from_numpy(wave)
-
-
 def _clips(path, seconds, offset=0.0):
-    """Yield a sound file from `offset` on as clips of `seconds`: (offset, wave (samples,) at 16 kHz).
+    """Yield a sound file from `offset` on as clips of `seconds`: (offset, wave (samples,) at 16 kHz mono).
 
     Only one clip is in memory. Raises ValueError, naming the file, at the first clip that cannot be read.
     """
@@ -92,15 +81,17 @@ def _clips(path, seconds, offset=0.0):
             rate = sound.samplerate
             if not 1_000 <= rate <= 1_000_000:  # damaged: resampling would take all memory
                 raise ValueError
+            common = math.gcd(rate, SAMPLE_RATE)
             start = first = round(offset * rate)
             while start < sound.frames:
                 lead = min(start, rate // 4)  # decoded too, because an MP3 frame uses bits of those before it
                 sound.seek(start - lead)
                 count = round(min(seconds * rate, sound.frames))
-                block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
+                block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]  # (samples, channels)
                 if len(block) == 0:  # a damaged file may claim more than it holds
                     break
-                yield start / rate, _mono_16k(block, rate)
+                wave = resample_poly(block.mean(axis=1), SAMPLE_RATE // common, rate // common)
+                yield start / rate, torch.from_numpy(wave)
                 start += len(block)
     except (OSError, TypeError, ValueError, MemoryError, soundfile.SoundFileError) as error:
         causes = "damaged, or not in a format that libsndfile knows: then convert it, for example with ffmpeg"
@@ -176,8 +167,7 @@ def _stored_mel(wave):
 def segments(mel):
     """Consecutive whole segments of one clip: (128, frames) -> (n, 128, 96).
 
-    The remainder is dropped; a clip shorter than a segment is padded with zeros to one, as in the authors'
-    evaluation code.
+    The remainder is dropped; a clip shorter than a segment is zero-padded, as in the authors' evaluation code.
     """
     mel = F.pad(mel, (0, max(0, FRAMES - mel.shape[-1])))
     return mel.unfold(-1, FRAMES, FRAMES).movedim(1, 0)
@@ -187,7 +177,7 @@ def mel_segments(wave):
     """The encoder's input for a whole sound: (samples,) at 16 kHz -> (n, 128, 96) float16.
 
     The spectrogram is made of the whole sound and then cut, so the windows of a segment's first and last
-    frames reach into its neighbours; Algorithm 1 cuts first. Sound shorter than a window is padded with zeros.
+    frames reach into its neighbours; Algorithm 1 cuts first. A sound shorter than a window is zero-padded.
     """
     wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
     return segments(_stored_mel(wave))
@@ -208,22 +198,14 @@ def _work(function, connection):
         connection.send(answer)  # an error without a parent, which ends the process
 
 
-def _start_workers(function, count):
-    """Start worker processes. Returns them and a connection to each, which ends when the worker dies."""
-    context, processes, connections = multiprocessing.get_context("spawn"), [], []
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # only this thread may set signal handlers
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits this when it starts
-    for _ in range(count):
-        connection, other_end = context.Pipe()
-        process = context.Process(target=_work, args=(function, other_end), daemon=True)
-        process.start()
-        other_end.close()
-        processes.append(process)
-        connections.append(connection)
-    if in_main_thread:
-        signal.signal(signal.SIGINT, handler)
-    return processes, connections
+def _start_worker(function):
+    """A new worker process, and the connection to it, which ends when the process dies."""
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_work, args=(function, other_end), daemon=True)
+    process.start()
+    other_end.close()
+    return process, connection
 
 
 def in_workers(function, jobs, workers=None):
@@ -231,11 +213,16 @@ def in_workers(function, jobs, workers=None):
 
     An exception in `function` is raised here. If a worker process dies: ValueError, which names job[0].
     """
-    workers = workers or CORES
-    processes, idle = _start_workers(function, workers)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # no other thread may set signal handlers
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits this when it starts
+    idle = [_start_worker(function) for _ in range(workers or CORES)]
+    if in_main_thread:
+        signal.signal(signal.SIGINT, handler)
+    processes = [process for process, _ in idle]
 
-    def run(job):  # in one of as many threads as there are workers
-        connection = idle.pop()
+    def run(job):
+        process, connection = idle.pop()  # there are as many threads as workers
         try:
             connection.send(job)
             result, error = connection.recv()
@@ -243,16 +230,16 @@ def in_workers(function, jobs, workers=None):
             file = getattr(job[0], "path", job[0])  # a job of probe.py begins with a clip
             causes = "out of memory, or the file crashes its decoder: then move it elsewhere and start again"
             raise ValueError(f"{file}: the process that worked on it died ({causes})") from None
-        idle.append(connection)
+        idle.append((process, connection))
         if error:
             raise error
         return result
 
-    threads, waiting = ThreadPoolExecutor(workers), deque()
+    threads, waiting = ThreadPoolExecutor(len(processes)), deque()
     try:
         for job in jobs:
             waiting.append(threads.submit(run, job))
-            if len(waiting) == 4 * workers:
+            if len(waiting) == 4 * len(processes):
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -275,13 +262,9 @@ def in_workers(function, jobs, workers=None):
 FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]  # a corpus with other values is refused
 
 
-def _file_clips(folder, clip_seconds, name):
-    return _clips(folder / name, clip_seconds)
-
-
-def _embedded_clips(seed, name):
-    """The embedded music as files: the one called "clip N" has one clip, number N."""
-    yield 0.0, synthesize(1, seed, int(name.removeprefix("clip ")))[0][0]
+def _embedded_clip(seed, number):
+    """Clip `number` of the embedded music, in the form of `_clips`."""
+    yield 0.0, synthesize(1, seed, number)[0][0]
 
 
 def _decode(name, read_clips):
@@ -289,7 +272,7 @@ def _decode(name, read_clips):
     clips, skipped, mels = [], [], [torch.zeros(N_MELS, 0).half()]
     end = 0.0  # seconds that could be read
     try:
-        for offset, wave in read_clips(name):
+        for offset, wave in read_clips():
             end = offset + len(wave) / SAMPLE_RATE
             if not wave.isfinite().all():
                 skipped.append([offset, "unreadable", "samples that are not finite numbers"])
@@ -318,30 +301,29 @@ def _totals(lines):
     return totals, skipped
 
 
-def _build(out, settings, names, read_clips, workers):
-    """Build the corpus `out` from the files `names`, or only its missing part. Returns the `Corpus`.
+def _build(out, settings, readers, workers):
+    """Build the corpus `out`, or only what is missing. Returns the `Corpus`.
 
-    `read_clips(name)` yields the clips of a file. Raises ValueError when `out` was built with other settings,
-    or is anything else.
+    `readers` {name of a file: function that yields its clips}. Raises ValueError when `out` is anything else.
     """
     out = Path(out)
-    part, index_path, mel_path = out / "index.part", out / "index.jsonl", out / "mel.f16"
-    if not index_path.exists():
+    part, mel_path, finished = out / "index.part", out / "mel.f16", out / "index.jsonl"
+    if not finished.exists():
         if out.exists() and not part.exists() and (out.is_file() or os.listdir(out)):
             raise ValueError(f"{out} exists and is not a corpus: choose another name")
         out.mkdir(parents=True, exist_ok=True)
         part.touch()
         mel_path.touch()
         with open(part, "r+") as index, open(mel_path, "r+b") as mel_file:
-            lines = [line for line in index if line.endswith("\n")][: 1 + len(names)]
+            lines = [line for line in index if line.endswith("\n")][: 1 + len(readers)]
             lines = lines or [json.dumps(settings) + "\n"]
             _check_settings(out, json.loads(lines[0]), settings)
             index.seek(0)
             index.writelines(lines)
-            mel_file.seek(_totals(lines[1:])[0]["frames"] * N_MELS * 2)  # two bytes a number
-            jobs = [(name, read_clips) for name in names[len(lines) - 1 :]]
-            bar = tqdm(in_workers(_decode, jobs, workers), str(out), len(names), initial=len(lines) - 1, unit="file")
-            for frames, entry in bar:
+            mel_file.seek(_totals(lines[1:])[0]["frames"] * N_MELS * 2)  # bytes
+            done = len(lines) - 1
+            results = in_workers(_decode, list(readers.items())[done:], workers)
+            for frames, entry in tqdm(results, str(out), len(readers), initial=done, unit="file"):
                 mel_file.write(frames)
                 mel_file.flush()
                 lines.append(json.dumps(entry) + "\n")
@@ -351,8 +333,8 @@ def _build(out, settings, names, read_clips, workers):
             index.write(json.dumps({"totals": totals}) + "\n")
         with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
             csv.writer(table).writerows([("file", "offset", "kind", "reason"), *skipped])
-        with suppress(FileNotFoundError):  # another build of the same corpus was faster
-            os.replace(part, index_path)
+        if part.exists():  # else another build of the same corpus was faster
+            os.replace(part, finished)
     corpus = Corpus(out)
     _check_settings(out, corpus.settings, settings)
     return corpus
@@ -360,17 +342,14 @@ def _build(out, settings, names, read_clips, workers):
 
 def _check_settings(out, found, settings):
     if found != settings:
-        other = [f"{name} {value}" for name, value in found.items() if settings.get(name) != value]
-        advice = "delete it, or build another with `python data.py FOLDER --out NAME`"
-        raise ValueError(f"{out} was built with other settings ({', '.join(other)}): {advice}")
+        raise ValueError(f"{out} was built with other settings, {found}: delete it, or choose another name")
 
 
 def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     """Decode every audio file below `audio_dir` once into the corpus folder `out`. Returns the `Corpus`.
 
-    Clips are at most `clip_seconds` long; the spectrogram is made of the whole clip (10 s are 313 frames) and
-    cut into segments later. An interrupted build continues, a finished corpus is only opened; the bytes are
-    the same for any number of `workers` (processes; default: one a core).
+    Clips are at most `clip_seconds` long; 10 s are 313 frames. An interrupted build continues, a finished corpus
+    is only opened; any number of `workers` (processes; default: one a core) makes the same bytes.
     Raises ValueError when there is no audio, none of it can be read, or `out` was built from other files.
     """
     folder = Path(audio_dir).resolve()
@@ -380,8 +359,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
         raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment of {SEGMENT_SECONDS:.2f} s")
     names = audio_files(folder)
     if not names:
-        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
-        raise ValueError(f"{audio_dir}: no audio files below this folder (looked for {suffixes})")
+        raise ValueError(f"{audio_dir}: no audio files below this folder ({' '.join(sorted(AUDIO_SUFFIXES))})")
     sizes = [(folder / name).stat().st_size if (folder / name).exists() else 0 for name in names]
     listing = "".join(f"{name}\0{size}\0" for name, size in zip(names, sizes))
     settings = {
@@ -391,15 +369,16 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
         "clip_seconds": float(clip_seconds),
         "front_end": FRONT_END,
     }
-    return _build(out, settings, names, partial(_file_clips, folder, clip_seconds), workers)
+    readers = {name: partial(_clips, folder / name, clip_seconds) for name in names}
+    return _build(out, settings, readers, workers)
 
 
 def build_embedded_corpus(n_clips, seed, out, workers=None):
     """The first `n_clips` of the embedded music (see `synthesize`) as a corpus in the folder `out`."""
     source = f"embedded music, second edition, seed {seed}"  # to be changed when `synthesize` changes
     settings = {"source": source, "files": n_clips, "front_end": FRONT_END}
-    names = [f"clip {number}" for number in range(n_clips)]
-    return _build(out, settings, names, partial(_embedded_clips, seed), workers)
+    readers = {f"clip {number}": partial(_embedded_clip, seed, number) for number in range(n_clips)}
+    return _build(out, settings, readers, workers)
 
 
 # --- Corpus: using it --------------------------------------------------------------------------------------
@@ -417,30 +396,25 @@ class Corpus:
         self.path = path = Path(path)
         if not (path / "index.jsonl").is_file():
             raise ValueError(f"{path} is not a corpus: make one with `python data.py MUSIC_FOLDER --out {path}`")
-        self.files, clips = [], []
         try:
             with open(path / "index.jsonl", encoding="utf-8") as index:
-                self.settings = dict(json.loads(next(index, "")))
-                for entry in map(json.loads, index):
-                    if "totals" in entry:
-                        break
-                    clips += [(len(self.files), offset, frames) for offset, frames in entry["clips"]]
-                    self.files.append(entry["file"])
-            self.totals = entry["totals"]
+                settings, *entries, last = map(json.loads, index)
+            self.settings, self.totals = dict(settings), last["totals"]
+            self.files = [entry["file"] for entry in entries]
+            clips = [(number, *clip) for number, entry in enumerate(entries) for clip in entry["clips"]]
             if not clips:
-                raise ValueError(f"none of {len(self.files)} files gave a clip, see skipped.csv")
+                raise ValueError(f"none of {len(entries)} files gave a clip, see skipped.csv")
             file_of, offset, frames = torch.tensor(clips, dtype=torch.float64).T
             self.file_of, self.offset, self.frames = file_of.long(), offset.clone(), frames.long()
             self.first = self.frames.cumsum(0) - self.frames
             mel = np.memmap(path / "mel.f16", np.float16, "r").reshape(-1, N_MELS)
             if len(mel) != self.frames.sum():
-                raise ValueError(f"{len(mel):,} frames in mel.f16, and {self.frames.sum():,} in the index")
-        except (OSError, ValueError, TypeError, KeyError, UnboundLocalError) as error:
+                raise ValueError(f"mel.f16 has {len(mel)} frames, and the index lists {self.frames.sum()}")
+        except (ValueError, TypeError, KeyError) as error:
             advice = "delete it and build it again with the same command"
             raise ValueError(f"{path} cannot be used ({error}): {advice}") from error
-        with warnings.catch_warnings():  # torch warns that the map cannot be written to
-            warnings.simplefilter("ignore", UserWarning)
-            self.mel = torch.from_numpy(mel)
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        self.mel = torch.from_numpy(mel)
 
     def __len__(self):
         return len(self.first)
@@ -570,18 +544,14 @@ def _tone(frequency, samples, instrument, tilt):
     return period[phase >> 21] * np.minimum(envelope, t[::-1] / np.float32(0.02))
 
 
-def _drums(rng):
-    """One stroke each: a falling sine (kick), noise (snare), the differences of noise (hat)."""
-    t = np.arange(4000, dtype=np.float32) / SAMPLE_RATE
-    kick = 3 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t * 30))) * np.exp(-t * 14)
-    snare = rng.standard_normal(4000, dtype=np.float32) * np.exp(-t * 20)
-    hat = np.diff(rng.standard_normal(4000, dtype=np.float32), prepend=0) * np.exp(-t * 60)
-    return {"k": kick, "s": snare, "h": hat}
-
-
 def _play(piece, notes, rng):
     """The sound of the notes, (160000,) float32, and the instruments in it. A clip begins in the first bar."""
-    drums = _drums(rng)
+    t = np.arange(4000, dtype=np.float32) / SAMPLE_RATE
+    drums = {  # one stroke each: a falling sine (kick), noise (snare), differences of noise (hat)
+        "k": 3 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t * 30))) * np.exp(-t * 14),
+        "s": rng.standard_normal(4000, dtype=np.float32) * np.exp(-t * 20),
+        "h": np.diff(rng.standard_normal(4000, dtype=np.float32), prepend=0) * np.exp(-t * 60),
+    }
     wave, heard = np.zeros(10 * SAMPLE_RATE, np.float32), set()
     sixteenth = 15 / piece.tempo * SAMPLE_RATE  # samples
     clip_start = rng.uniform(0, len(piece.chords)) * sixteenth
@@ -638,25 +608,22 @@ def report(corpus):
     """Print what a corpus contains and what was skipped."""
     hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
-    kinds = [kind for kind in corpus.totals if kind not in ("clips", "frames")]
-    if kinds:
-        skipped = ", ".join(f"{corpus.totals[kind]:,} {kind}" for kind in kinds)
+    kinds = corpus.totals.keys() - {"clips", "frames"}
+    skipped = [f"{number:,} {kind}" for kind, number in corpus.totals.items() if kind in kinds]
+    if skipped:
         table = corpus.path / "skipped.csv"
-        print(f"skipped: {skipped}; listed in {table}")
+        print(f"skipped: {', '.join(skipped)}; listed in {table}")
         with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            unreadable = (row for row in csv.DictReader(file) if row["kind"] == "unreadable")
-            for row in islice(unreadable, 10):
-                print(f"  {row['file']!r} from {float(row['offset']):.1f} s on: {row['reason']}")
+            unreadable = [row for row in csv.DictReader(file) if row["kind"] == "unreadable"]
+        for row in unreadable[:10]:
+            print(f"  {row['file']!r} from {float(row['offset']):.1f} s on: {row['reason']}")
 
 
 def main():
     """Build a corpus from a folder and print what it contains."""
-    parser = argparse.ArgumentParser(
-        description="Decode a folder of music, once, into a corpus of mel spectrograms. "
-        "An hour of music takes 29 MB on the disk."
-    )
+    parser = argparse.ArgumentParser(description="Decode a folder of music, once, into a corpus of mel spectra.")
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
-    parser.add_argument("--out", help="folder of the corpus (default: corpora/NAME_OF_THE_FOLDER)")
+    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour of music (default: corpora/FOLDER)")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10)")
     parser.add_argument("--workers", type=int, default=CORES, help="processes (default: %(default)s)")
     args = parser.parse_args()
