@@ -75,7 +75,6 @@ def _clips(path, seconds, offset=0.0):
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such file")
-    start = first = 0
     try:
         with soundfile.SoundFile(os.fsencode(path)) as sound:
             rate = sound.samplerate
@@ -87,10 +86,11 @@ def _clips(path, seconds, offset=0.0):
                 lead = min(start, rate // 4)  # decoded too, because an MP3 frame uses bits of those before it
                 sound.seek(start - lead)
                 count = round(min(seconds * rate, sound.frames))
-                block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]  # (samples, channels)
+                block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
                 if len(block) == 0:  # a damaged file may claim more than it holds
                     break
-                wave = resample_poly(block.mean(axis=1), SAMPLE_RATE // common, rate // common)
+                mono = block.mean(axis=1)  # (samples, channels) -> (samples,)
+                wave = resample_poly(mono, SAMPLE_RATE // common, rate // common)
                 yield start / rate, torch.from_numpy(wave)
                 start += len(block)
     except (OSError, TypeError, ValueError, MemoryError, soundfile.SoundFileError) as error:
@@ -118,6 +118,7 @@ def load_audio(path, offset=0.0, duration=None):
 # --- Mel spectrogram ---------------------------------------------------------------------------------------
 
 
+@lru_cache
 def mel_filterbank():
     """(128, 1025) float32: row m weights the STFT bins 0..1024 (0 Hz to 8 kHz) of mel band m.
 
@@ -136,11 +137,6 @@ def mel_filterbank():
     return torch.from_numpy(triangles * 2 / (high - low)).float()
 
 
-@lru_cache
-def _window_and_filterbank(device):
-    return torch.hann_window(N_FFT, device=device), mel_filterbank().to(device)
-
-
 def mel_spectrogram(wave):
     """Mel power of sound at 16 kHz: (..., samples) -> (..., 128, 1 + samples // 512), on the wave's device.
 
@@ -152,11 +148,11 @@ def mel_spectrogram(wave):
     samples = wave.shape[-1]
     if samples <= N_FFT // 2:
         raise ValueError(f"{samples} samples are too few for a spectrogram: {N_FFT // 2 + 1} are needed")
-    window, filterbank = _window_and_filterbank(wave.device)
+    window = torch.hann_window(N_FFT, device=wave.device)
     flat = wave.reshape(-1, samples)
     spectrum = torch.stft(flat, N_FFT, HOP, window=window, pad_mode="reflect", return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # (B, 1025, T)
-    return (filterbank @ power).reshape(*wave.shape[:-1], N_MELS, -1)
+    return (mel_filterbank().to(wave.device) @ power).reshape(*wave.shape[:-1], N_MELS, -1)
 
 
 def _stored_mel(wave):
@@ -167,7 +163,7 @@ def _stored_mel(wave):
 def segments(mel):
     """Consecutive whole segments of one clip: (128, frames) -> (n, 128, 96).
 
-    The remainder is dropped; a clip shorter than a segment is zero-padded, as in the authors' evaluation code.
+    The remainder is dropped; a shorter clip is zero-padded to one segment, as in the authors' evaluation code.
     """
     mel = F.pad(mel, (0, max(0, FRAMES - mel.shape[-1])))
     return mel.unfold(-1, FRAMES, FRAMES).movedim(1, 0)
@@ -176,8 +172,7 @@ def segments(mel):
 def mel_segments(wave):
     """The encoder's input for a whole sound: (samples,) at 16 kHz -> (n, 128, 96) float16.
 
-    The spectrogram is made of the whole sound and then cut, so the windows of a segment's first and last
-    frames reach into its neighbours; Algorithm 1 cuts first. A sound shorter than a window is zero-padded.
+    The spectrogram is made of the whole sound, zero-padded to a window, and then cut; Algorithm 1 cuts first.
     """
     wave = F.pad(wave, (0, max(0, N_FFT - len(wave))))
     return segments(_stored_mel(wave))
@@ -214,8 +209,8 @@ def in_workers(function, jobs, workers=None):
     An exception in `function` is raised here. If a worker process dies: ValueError, which names job[0].
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # no other thread may set signal handlers
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a process inherits this when it starts
+    if in_main_thread:  # the only one that may do this; a process inherits it when it starts
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     idle = [_start_worker(function) for _ in range(workers or CORES)]
     if in_main_thread:
         signal.signal(signal.SIGINT, handler)
@@ -249,17 +244,15 @@ def in_workers(function, jobs, workers=None):
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-# --- Corpus: building it -----------------------------------------------------------------------------------
+# --- Corpus ------------------------------------------------------------------------------------------------
 #   mel.f16        the frames of every clip, one after the other: (frames, 128) float16, no header
 #   index.jsonl    line 1: the settings; then a line for each source file: its clips [offset in s, frames] and
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# File by file, first the frames are written and then the line of the index, which is called index.part until
-# it is complete. A build that was killed continues after the last whole line. Two builds at once do no harm:
-# they write the same bytes to the same places.
-
-FRONT_END = [SAMPLE_RATE, N_FFT, HOP, N_MELS]  # a corpus with other values is refused
+# File by file, the frames are written and then the line of the index, which is called index.part until it is
+# complete. A build that was killed continues after the last whole line. Two builds at once do no harm: they
+# write the same bytes to the same places.
 
 
 def _embedded_clip(seed, number):
@@ -306,7 +299,7 @@ def _build(out, settings, readers, workers):
 
     `readers` {name of a file: function that yields its clips}. Raises ValueError when `out` is anything else.
     """
-    out = Path(out)
+    out, settings = Path(out), {**settings, "front_end": [SAMPLE_RATE, N_FFT, HOP, N_MELS]}
     part, mel_path, finished = out / "index.part", out / "mel.f16", out / "index.jsonl"
     if not finished.exists():
         if out.exists() and not part.exists() and (out.is_file() or os.listdir(out)):
@@ -314,7 +307,7 @@ def _build(out, settings, readers, workers):
         out.mkdir(parents=True, exist_ok=True)
         part.touch()
         mel_path.touch()
-        with open(part, "r+") as index, open(mel_path, "r+b") as mel_file:
+        with open(part, "r+", buffering=1) as index, open(mel_path, "r+b") as mel_file:
             lines = [line for line in index if line.endswith("\n")][: 1 + len(readers)]
             lines = lines or [json.dumps(settings) + "\n"]
             _check_settings(out, json.loads(lines[0]), settings)
@@ -325,10 +318,9 @@ def _build(out, settings, readers, workers):
             results = in_workers(_decode, list(readers.items())[done:], workers)
             for frames, entry in tqdm(results, str(out), len(readers), initial=done, unit="file"):
                 mel_file.write(frames)
-                mel_file.flush()
+                mel_file.flush()  # before the line of the index, which is flushed at its end
                 lines.append(json.dumps(entry) + "\n")
                 index.write(lines[-1])
-                index.flush()
             totals, skipped = _totals(lines[1:])
             index.write(json.dumps({"totals": totals}) + "\n")
         with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
@@ -348,27 +340,22 @@ def _check_settings(out, found, settings):
 def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     """Decode every audio file below `audio_dir` once into the corpus folder `out`. Returns the `Corpus`.
 
-    Clips are at most `clip_seconds` long; 10 s are 313 frames. An interrupted build continues, a finished corpus
-    is only opened; any number of `workers` (processes; default: one a core) makes the same bytes.
+    Clips are at most `clip_seconds` long; 10 s are 313 frames. An interrupted build continues, a finished
+    corpus is only opened; any number of `workers` (processes; default: one a core) makes the same bytes.
     Raises ValueError when there is no audio, none of it can be read, or `out` was built from other files.
     """
-    folder = Path(audio_dir).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"{audio_dir}: there is no such folder")
     if not SEGMENT_SECONDS <= clip_seconds < math.inf:
         raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment of {SEGMENT_SECONDS:.2f} s")
+    folder = Path(audio_dir).resolve()
     names = audio_files(folder)
     if not names:
-        raise ValueError(f"{audio_dir}: no audio files below this folder ({' '.join(sorted(AUDIO_SUFFIXES))})")
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
+        raise ValueError(f"{audio_dir}: no such folder, or no audio files in it (looked for {suffixes})")
     sizes = [(folder / name).stat().st_size if (folder / name).exists() else 0 for name in names]
     listing = "".join(f"{name}\0{size}\0" for name, size in zip(names, sizes))
-    settings = {
-        "source": str(folder),
-        "files": len(names),
-        "names_and_sizes": hashlib.sha1(listing.encode(errors="surrogateescape")).hexdigest(),
-        "clip_seconds": float(clip_seconds),
-        "front_end": FRONT_END,
-    }
+    digest = hashlib.sha1(listing.encode(errors="surrogateescape")).hexdigest()
+    settings = {"source": str(folder), "files": len(names), "names_and_sizes": digest}
+    settings["clip_seconds"] = float(clip_seconds)
     readers = {name: partial(_clips, folder / name, clip_seconds) for name in names}
     return _build(out, settings, readers, workers)
 
@@ -376,12 +363,9 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
 def build_embedded_corpus(n_clips, seed, out, workers=None):
     """The first `n_clips` of the embedded music (see `synthesize`) as a corpus in the folder `out`."""
     source = f"embedded music, second edition, seed {seed}"  # to be changed when `synthesize` changes
-    settings = {"source": source, "files": n_clips, "front_end": FRONT_END}
+    settings = {"source": source, "files": n_clips}
     readers = {f"clip {number}": partial(_embedded_clip, seed, number) for number in range(n_clips)}
     return _build(out, settings, readers, workers)
-
-
-# --- Corpus: using it --------------------------------------------------------------------------------------
 
 
 class Corpus:
@@ -394,8 +378,6 @@ class Corpus:
 
     def __init__(self, path):
         self.path = path = Path(path)
-        if not (path / "index.jsonl").is_file():
-            raise ValueError(f"{path} is not a corpus: make one with `python data.py MUSIC_FOLDER --out {path}`")
         try:
             with open(path / "index.jsonl", encoding="utf-8") as index:
                 settings, *entries, last = map(json.loads, index)
@@ -410,9 +392,9 @@ class Corpus:
             mel = np.memmap(path / "mel.f16", np.float16, "r").reshape(-1, N_MELS)
             if len(mel) != self.frames.sum():
                 raise ValueError(f"mel.f16 has {len(mel)} frames, and the index lists {self.frames.sum()}")
-        except (ValueError, TypeError, KeyError) as error:
-            advice = "delete it and build it again with the same command"
-            raise ValueError(f"{path} cannot be used ({error}): {advice}") from error
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            advice = f"delete it and make it with `python data.py MUSIC_FOLDER --out {path}`"
+            raise ValueError(f"{path} is not a corpus, or a damaged one ({error}): {advice}") from error
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self.mel = torch.from_numpy(mel)
 
@@ -545,7 +527,7 @@ def _tone(frequency, samples, instrument, tilt):
 
 
 def _play(piece, notes, rng):
-    """The sound of the notes, (160000,) float32, and the instruments in it. A clip begins in the first bar."""
+    """The sound of the notes, (160000,) float32, from within the first bar on, and the instruments in it."""
     t = np.arange(4000, dtype=np.float32) / SAMPLE_RATE
     drums = {  # one stroke each: a falling sine (kick), noise (snare), differences of noise (hat)
         "k": 3 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t * 30))) * np.exp(-t * 14),
@@ -608,8 +590,7 @@ def report(corpus):
     """Print what a corpus contains and what was skipped."""
     hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
-    kinds = corpus.totals.keys() - {"clips", "frames"}
-    skipped = [f"{number:,} {kind}" for kind, number in corpus.totals.items() if kind in kinds]
+    skipped = [f"{n:,} {kind}" for kind, n in corpus.totals.items() if kind not in ("clips", "frames")]
     if skipped:
         table = corpus.path / "skipped.csv"
         print(f"skipped: {', '.join(skipped)}; listed in {table}")
@@ -621,9 +602,9 @@ def report(corpus):
 
 def main():
     """Build a corpus from a folder and print what it contains."""
-    parser = argparse.ArgumentParser(description="Decode a folder of music, once, into a corpus of mel spectra.")
+    parser = argparse.ArgumentParser(description="Decode a folder of music, once, into a corpus of mel power.")
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
-    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour of music (default: corpora/FOLDER)")
+    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour of sound (default: corpora/FOLDER)")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10)")
     parser.add_argument("--workers", type=int, default=CORES, help="processes (default: %(default)s)")
     args = parser.parse_args()
