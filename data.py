@@ -3,8 +3,7 @@
 Input: a folder of music. Every file is decoded and cut into clips of 10 seconds; each clip is resampled to
 16 kHz mono and transformed to a mel power spectrogram (section 3.6 of the paper, arXiv 2502.12511). All of
 them are stored in one memory-mapped array, the corpus.
-Output: for each clip of a batch two random segments of 3 seconds, the positive pair (section 3.2;
-Algorithm 1, lines 5-7).
+Output: two random segments of 3 seconds of each clip in a batch, the positive pair (Algorithm 1, lines 5-7).
 
     python data.py MUSIC_FOLDER --out corpora/mine       decode once; the same command continues a build
 
@@ -43,8 +42,7 @@ HOP = 512  # samples between frames: 32 ms, 31.25 frames a second
 N_MELS = 128  # bands (section 3.6)
 FRAMES = 96  # frames in a segment: "three seconds" (section 3.2)
 SEGMENT_SECONDS = (FRAMES - 1) * HOP / SAMPLE_RATE  # 3.04 s, the shortest clip with 96 centred frames
-# The cores that this process may use; os.sched_getaffinity exists on Linux only.
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # usable ones
 
 # --- Sound -------------------------------------------------------------------------------------------------
 
@@ -62,9 +60,8 @@ def audio_files(folder):
             continue
         visited.add(os.path.realpath(root))
         folders.sort()
-        for name in names:
-            if Path(name).suffix.lower() in AUDIO_SUFFIXES and not name.startswith("."):
-                found.append(os.path.relpath(os.path.join(root, name), folder))
+        names = [name for name in names if Path(name).suffix.lower() in AUDIO_SUFFIXES and name[0] != "."]
+        found += [os.path.relpath(os.path.join(root, name), folder) for name in names]
     return sorted(found)
 
 
@@ -89,13 +86,11 @@ def _clips(path, seconds, offset=0.0):
                 block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
                 if len(block) == 0:  # a damaged file may claim more than it holds
                     break
-                mono = block.mean(axis=1)  # (samples, channels) -> (samples,)
-                wave = resample_poly(mono, SAMPLE_RATE // common, rate // common)
+                wave = resample_poly(block.mean(axis=1), SAMPLE_RATE // common, rate // common)
                 yield start / rate, torch.from_numpy(wave)
                 start += len(block)
     except (OSError, TypeError, ValueError, MemoryError, soundfile.SoundFileError) as error:
-        causes = "damaged, or not in a format that libsndfile knows: then convert it, for example with ffmpeg"
-        raise ValueError(f"{path}: {causes}") from error
+        raise ValueError(f"{path}: damaged, or unknown to libsndfile (convert it with ffmpeg)") from error
     if start == first:
         raise ValueError(f"{path}: no sound from {offset:g} s on")
 
@@ -106,10 +101,9 @@ def load_audio(path, offset=0.0, duration=None):
     Reads what libsndfile reads: WAV, FLAC, OGG, MP3, AIFF, AU, ... Returns (samples,) float32, mono, 16 kHz.
     Raises ValueError, naming file and cause, when it cannot be read, is empty there, or is not finite.
     """
-    duration = math.inf if duration is None else duration
-    if not (0 <= offset < math.inf and duration > 0):
+    if not (0 <= offset < math.inf and (duration is None or duration > 0)):
         raise ValueError(f"{path}: offset {offset} s and duration {duration} s are not a part of a file")
-    _, wave = next(_clips(path, duration, offset))
+    _, wave = next(_clips(path, duration or math.inf, offset))
     if not wave.isfinite().all():
         raise ValueError(f"{path}: holds samples that are not finite numbers")
     return wave
@@ -122,9 +116,8 @@ def load_audio(path, offset=0.0, duration=None):
 def mel_filterbank():
     """(128, 1025) float32: row m weights the STFT bins 0..1024 (0 Hz to 8 kHz) of mel band m.
 
-    Slaney's scale, as in librosa's `filters.mel`: linear below 1 kHz (3 mel per 200 Hz), logarithmic above
-    (27 mel per factor of 6.4). Triangles on 130 points evenly spaced in mel, each divided by half its width
-    in Hz (equal areas).
+    Triangles of equal area on 130 points evenly spaced in mel. Slaney's scale, as in librosa's `filters.mel`:
+    linear below 1 kHz (3 mel per 200 Hz), logarithmic above (27 mel per factor of 6.4).
     """
     bins = np.arange(N_FFT // 2 + 1) * SAMPLE_RATE / N_FFT  # Hz
     top = 15 + 27 * math.log(SAMPLE_RATE / 2 / 1000) / math.log(6.4)  # 8 kHz in mel; 15 mel is 1 kHz
@@ -163,7 +156,7 @@ def _stored_mel(wave):
 def segments(mel):
     """Consecutive whole segments of one clip: (128, frames) -> (n, 128, 96).
 
-    The remainder is dropped; a shorter clip is zero-padded to one segment, as in the authors' evaluation code.
+    The remainder is dropped; a shorter clip is padded with zeros, as in the authors' evaluation code.
     """
     mel = F.pad(mel, (0, max(0, FRAMES - mel.shape[-1])))
     return mel.unfold(-1, FRAMES, FRAMES).movedim(1, 0)
@@ -211,13 +204,13 @@ def in_workers(function, jobs, workers=None):
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # the only one that may do this; a process inherits it when it starts
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    idle = [_start_worker(function) for _ in range(workers or CORES)]
+    processes, connections = zip(*[_start_worker(function) for _ in range(workers or CORES)])
     if in_main_thread:
         signal.signal(signal.SIGINT, handler)
-    processes = [process for process, _ in idle]
+    idle = list(connections)
 
-    def run(job):
-        process, connection = idle.pop()  # there are as many threads as workers
+    def run(job):  # in one of as many threads as there are workers
+        connection = idle.pop()
         try:
             connection.send(job)
             result, error = connection.recv()
@@ -225,7 +218,7 @@ def in_workers(function, jobs, workers=None):
             file = getattr(job[0], "path", job[0])  # a job of probe.py begins with a clip
             causes = "out of memory, or the file crashes its decoder: then move it elsewhere and start again"
             raise ValueError(f"{file}: the process that worked on it died ({causes})") from None
-        idle.append((process, connection))
+        idle.append(connection)
         if error:
             raise error
         return result
@@ -250,9 +243,8 @@ def in_workers(function, jobs, workers=None):
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# File by file, the frames are written and then the line of the index, which is called index.part until it is
-# complete. A build that was killed continues after the last whole line. Two builds at once do no harm: they
-# write the same bytes to the same places.
+# File by file, the frames are written and then the line of the index, which is index.part until the end. A
+# killed build continues after the last whole line. Two at once write the same bytes to the same places.
 
 
 def _embedded_clip(seed, number):
@@ -349,8 +341,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     folder = Path(audio_dir).resolve()
     names = audio_files(folder)
     if not names:
-        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
-        raise ValueError(f"{audio_dir}: no such folder, or no audio files in it (looked for {suffixes})")
+        raise ValueError(f"{audio_dir}: there is no such folder, or there are no audio files in it")
     sizes = [(folder / name).stat().st_size if (folder / name).exists() else 0 for name in names]
     listing = "".join(f"{name}\0{size}\0" for name, size in zip(names, sizes))
     digest = hashlib.sha1(listing.encode(errors="surrogateescape")).hexdigest()
@@ -393,8 +384,7 @@ class Corpus:
             if len(mel) != self.frames.sum():
                 raise ValueError(f"mel.f16 has {len(mel)} frames, and the index lists {self.frames.sum()}")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            advice = f"delete it and make it with `python data.py MUSIC_FOLDER --out {path}`"
-            raise ValueError(f"{path} is not a corpus, or a damaged one ({error}): {advice}") from error
+            raise ValueError(f"{path} is not a usable corpus ({error}): delete it and build it again") from error
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self.mel = torch.from_numpy(mel)
 
@@ -501,8 +491,8 @@ def _compose(piece, rng):
             chord[1] = piece.tonic + 11  # the dominant of harmonic minor
 
         for start, length in _onsets(piece.chords):
-            for pitch in chord:
-                notes.append((begin + start, length, chord_low + (pitch - chord_low) % 12, chord_player, 0.4))
+            pitches = [chord_low + (pitch - chord_low) % 12 for pitch in chord]
+            notes += [(begin + start, length, pitch, chord_player, 0.4) for pitch in pitches]
         for start, length in _onsets(piece.bass):
             notes.append((begin + start, length, bass_low + (chord[0] - bass_low) % 12, "bass", 1.6))
         melody = "".join(rng.choice(["x.", ".."], bar // 2)) if piece.melody else ""
@@ -602,21 +592,21 @@ def report(corpus):
 
 def main():
     """Build a corpus from a folder and print what it contains."""
-    parser = argparse.ArgumentParser(description="Decode a folder of music, once, into a corpus of mel power.")
+    parser = argparse.ArgumentParser(description="Decode a folder of music once, into a corpus of mel power.")
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
-    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour of sound (default: corpora/FOLDER)")
+    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour (default: corpora/NAME_OF_FOLDER)")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10)")
     parser.add_argument("--workers", type=int, default=CORES, help="processes (default: %(default)s)")
     args = parser.parse_args()
     out = args.out or Path("corpora") / Path(args.folder).resolve().name
     try:
-        corpus = build_corpus(args.folder, out, args.clip_seconds, args.workers)
+        corpus = build_corpus(args.folder, out, args.clip_seconds, max(1, args.workers))
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nInterrupted: the same command continues.", file=sys.stderr)
-        sys.exit(130)
+        print("\nInterrupted: the same command continues.", file=sys.stderr, flush=True)
+        os._exit(130)  # without waiting for anything
     report(corpus)
     print(f"next: python train.py --data {corpus.path} --batch {min(256, len(corpus))}")
 
