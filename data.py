@@ -384,7 +384,7 @@ class Corpus:
             if len(mel) != self.frames.sum():
                 raise ValueError(f"mel.f16 has {len(mel)} frames, and the index lists {self.frames.sum()}")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is not a usable corpus ({error}): delete it and build it again") from error
+            raise ValueError(f"{path} is no usable corpus ({error}): delete it and build it again") from error
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self.mel = torch.from_numpy(mel)
 
