@@ -183,7 +183,7 @@ def _work(function, connection):
             answer = function(*connection.recv()), None
         except Exception as error:
             answer = None, error
-        connection.send(answer)  # an error without a parent, which ends the process
+        connection.send(answer)  # fails when the parent is gone, which ends the process
 
 
 def _start_worker(function):
@@ -204,10 +204,9 @@ def in_workers(function, jobs, workers=None):
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # the only one that may do this; a process inherits it when it starts
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    processes, connections = zip(*[_start_worker(function) for _ in range(workers or CORES)])
+    processes, idle = map(list, zip(*[_start_worker(function) for _ in range(workers or CORES)]))
     if in_main_thread:
         signal.signal(signal.SIGINT, handler)
-    idle = list(connections)
 
     def run(job):  # in one of as many threads as there are workers
         connection = idle.pop()
@@ -343,9 +342,8 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     if not names:
         raise ValueError(f"{audio_dir}: there is no such folder, or there are no audio files in it")
     sizes = [(folder / name).stat().st_size if (folder / name).exists() else 0 for name in names]
-    listing = "".join(f"{name}\0{size}\0" for name, size in zip(names, sizes))
-    digest = hashlib.sha1(listing.encode(errors="surrogateescape")).hexdigest()
-    settings = {"source": str(folder), "files": len(names), "names_and_sizes": digest}
+    text = "".join(f"{name}\0{size}\0" for name, size in zip(names, sizes)).encode(errors="surrogateescape")
+    settings = {"source": str(folder), "files": len(names), "names_and_sizes": hashlib.sha1(text).hexdigest()}
     settings["clip_seconds"] = float(clip_seconds)
     readers = {name: partial(_clips, folder / name, clip_seconds) for name in names}
     return _build(out, settings, readers, workers)
@@ -380,20 +378,21 @@ class Corpus:
             file_of, offset, frames = torch.tensor(clips, dtype=torch.float64).T
             self.file_of, self.offset, self.frames = file_of.long(), offset.clone(), frames.long()
             self.first = self.frames.cumsum(0) - self.frames
-            mel = np.memmap(path / "mel.f16", np.float16, "r").reshape(-1, N_MELS)
-            if len(mel) != self.frames.sum():
-                raise ValueError(f"mel.f16 has {len(mel)} frames, and the index lists {self.frames.sum()}")
+            mel = np.memmap(path / "mel.f16", np.float16, "r")
+            if mel.size != N_MELS * self.frames.sum():
+                raise ValueError(f"mel.f16 has {mel.size / N_MELS} frames, the index {self.frames.sum()}")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no usable corpus ({error}): delete it and build it again") from error
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        self.mel = torch.from_numpy(mel)
+        self._map = mel.base  # the mmap object; its size() is the current size of the file
+        self.mel = torch.from_numpy(mel).view(-1, N_MELS)
 
     def __len__(self):
         return len(self.first)
 
     def to(self, device):
         """Load the whole corpus into the memory of `device`. Returns the corpus itself."""
-        self.mel = self.mel.to(device, copy=True)
+        self.mel, self._map = self.mel.to(device, copy=True), None
         self.first, self.frames = self.first.to(device), self.frames.to(device)
         return self
 
@@ -403,6 +402,8 @@ class Corpus:
         Processes that share a batch pass the same ids and generator and a `part` each: random numbers are
         drawn for the whole batch, and only the pairs of that slice are read.
         """
+        if self._map is not None and self._map.size() < self.mel.nbytes:  # reading it would be a bus error
+            raise ValueError(f"{self.path / 'mel.f16'} was truncated: delete {self.path} and build it again")
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
         source = generator.device if generator else "cpu"
@@ -582,9 +583,8 @@ def report(corpus):
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     skipped = [f"{n:,} {kind}" for kind, n in corpus.totals.items() if kind not in ("clips", "frames")]
     if skipped:
-        table = corpus.path / "skipped.csv"
-        print(f"skipped: {', '.join(skipped)}; listed in {table}")
-        with open(table, newline="", encoding="utf-8", errors="surrogateescape") as file:
+        print(f"skipped: {', '.join(skipped)}; listed in {corpus.path}/skipped.csv")
+        with open(corpus.path / "skipped.csv", encoding="utf-8", errors="surrogateescape") as file:
             unreadable = [row for row in csv.DictReader(file) if row["kind"] == "unreadable"]
         for row in unreadable[:10]:
             print(f"  {row['file']!r} from {float(row['offset']):.1f} s on: {row['reason']}")

@@ -257,7 +257,7 @@ def test_a_dead_worker_names_its_job(tmp_path, workers, bad):
         next(results)
 
 
-# --- corpus ---# --- corpus -------------------------------------------------------------------------------------------------
+# --- corpus -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -499,7 +499,7 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path, m
 def test_folders_without_music_are_an_error(music, tmp_path, in_process):
     (tmp_path / "nothing").mkdir()
     for folder in ("nothing", "missing"):
-        with pytest.raises(ValueError, match=f"{folder}: there is no such folder, or there are no audio files"):
+        with pytest.raises(ValueError, match=f"{folder}: there is no such folder, or there are no"):
             data.build_corpus(tmp_path / folder, tmp_path / "x")
     with pytest.raises(ValueError, match="cannot hold a segment"):
         data.build_corpus(music, tmp_path / "x", clip_seconds=3.0)
@@ -535,6 +535,15 @@ def test_an_unfinished_or_junk_index_is_an_error(music, copy, tmp_path):
                 open_corpus(copy)
     with pytest.raises(ValueError, match="missing is no usable corpus .*No such file"):
         data.Corpus(tmp_path / "missing")
+
+
+def test_a_corpus_that_is_truncated_while_it_is_open_is_an_error(corpus, copy):
+    opened, loaded = data.Corpus(copy), data.Corpus(copy).to("cpu")
+    os.truncate(copy / "mel.f16", 100_000)
+    with pytest.raises(ValueError, match="was truncated"):  # and not the end of the process
+        opened.sample_pairs(range(len(opened)))
+    pairs = [c.sample_pairs([0, 1], torch.Generator().manual_seed(0)) for c in (loaded, corpus)]
+    assert torch.equal(*pairs)
 
 
 @pytest.mark.parametrize("arguments", [["missing"], [".", "--clip-seconds", "1"]])
