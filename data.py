@@ -19,6 +19,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import threading
@@ -49,6 +50,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # libsndfile reads the formats in the first line; files in the other formats are listed as skipped.
 AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf".split())
 AUDIO_SUFFIXES |= set(".m4a .mp4 .aac .wma .webm .mka .ape .wv .mpc .dsf .ac3".split())
+BLOCK = 2**20  # samples a channel that are read at once
 
 
 def audio_files(folder):
@@ -63,6 +65,19 @@ def audio_files(folder):
         names = [name for name in names if Path(name).suffix.lower() in AUDIO_SUFFIXES and name[0] != "."]
         found += [os.path.relpath(os.path.join(root, name), folder) for name in names]
     return sorted(found)
+
+
+def _read(sound, start, count):
+    """`count` samples of an open sound from `start` on, fewer where it ends: (samples, channels) float32."""
+    lead = min(start, sound.samplerate // 4)  # decoded too, because an MP3 frame uses bits of those before it
+    sound.seek(start - lead)
+    blocks, missing = [], lead + count
+    while missing > 0:  # in blocks, because the length that a damaged file claims may be terabytes
+        blocks.append(sound.read(min(missing, BLOCK), dtype="float32", always_2d=True))
+        missing -= len(blocks[-1])
+        if len(blocks[-1]) < BLOCK:  # the real end
+            break
+    return np.concatenate(blocks)[lead:]
 
 
 def _clips(path, seconds, offset=0.0):
@@ -80,11 +95,8 @@ def _clips(path, seconds, offset=0.0):
             common = math.gcd(rate, SAMPLE_RATE)
             start = first = round(offset * rate)
             while start < sound.frames:
-                lead = min(start, rate // 4)  # decoded too, because an MP3 frame uses bits of those before it
-                sound.seek(start - lead)
-                count = round(min(seconds * rate, sound.frames))
-                block = sound.read(lead + count, dtype="float32", always_2d=True)[lead:]
-                if len(block) == 0:  # a damaged file may claim more than it holds
+                block = _read(sound, start, round(min(seconds * rate, sound.frames)))
+                if len(block) == 0:  # the real end of a damaged file
                     break
                 wave = resample_poly(block.mean(axis=1), SAMPLE_RATE // common, rate // common)
                 yield start / rate, torch.from_numpy(wave)
@@ -174,8 +186,14 @@ def mel_segments(wave):
 # --- Worker processes --------------------------------------------------------------------------------------
 
 
+def _exit_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _work(function, connection):
-    """In a worker process: answer each job with (result, exception) until the parent is gone."""
+    """In a worker process: answer each job with (result, exception). It exits with its parent."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libmpg123 writes to stderr
     while True:
@@ -183,7 +201,7 @@ def _work(function, connection):
             answer = function(*connection.recv()), None
         except Exception as error:
             answer = None, error
-        connection.send(answer)  # fails when the parent is gone, which ends the process
+        connection.send(answer)
 
 
 def _start_worker(function):
@@ -196,10 +214,10 @@ def _start_worker(function):
     return process, connection
 
 
-def in_workers(function, jobs, workers=None):
+def in_workers(function, jobs, workers=None, file_of=lambda clip, *_: clip.path):
     """Yield function(*job) for each job, in order, computed ahead in worker processes (default: one a core).
 
-    An exception in `function` is raised here. If a worker process dies: ValueError, which names job[0].
+    An exception in `function` is raised here. If a worker dies: ValueError, which names `file_of(*job)`.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # the only one that may do this; a process inherits it when it starts
@@ -214,9 +232,8 @@ def in_workers(function, jobs, workers=None):
             connection.send(job)
             result, error = connection.recv()
         except (EOFError, OSError):
-            file = getattr(job[0], "path", job[0])  # a job of probe.py begins with a clip
             causes = "out of memory, or the file crashes its decoder: then move it elsewhere and start again"
-            raise ValueError(f"{file}: the process that worked on it died ({causes})") from None
+            raise ValueError(f"{file_of(*job)}: the process that worked on it died ({causes})") from None
         idle.append(connection)
         if error:
             raise error
@@ -242,8 +259,11 @@ def in_workers(function, jobs, workers=None):
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# File by file, the frames are written and then the line of the index, which is index.part until the end. A
-# killed build continues after the last whole line. Two at once write the same bytes to the same places.
+# A shard is a group of source files. A worker writes its frames and its lines of the index under other names
+# and renames them, to shards-HASH/NUMBER.f16 and .jsonl; HASH depends on the settings. When all shards exist,
+# they are concatenated and removed. A build that is killed at any moment loses only its incomplete shards.
+
+SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
 
 
 def _embedded_clip(seed, number):
@@ -251,10 +271,9 @@ def _embedded_clip(seed, number):
     yield 0.0, synthesize(1, seed, number)[0][0]
 
 
-def _decode(name, read_clips):
-    """In a worker: the frames of a file's clips (T, 128) float16, and the file's entry in the index."""
-    clips, skipped, mels = [], [], [torch.zeros(N_MELS, 0).half()]
-    end = 0.0  # seconds that could be read
+def _write_file(name, read_clips, mel_file):
+    """Write the frames of a file's clips, (T, 128) float16 each. Returns the file's entry in the index."""
+    clips, skipped, end = [], [], 0.0  # end: seconds that could be read
     try:
         for offset, wave in read_clips():
             end = offset + len(wave) / SAMPLE_RATE
@@ -267,65 +286,84 @@ def _decode(name, read_clips):
                 skipped.append([offset, "silent", "digital silence"])
             else:
                 clips.append([offset, mel.shape[1]])
-                mels.append(mel)
+                mel_file.write(mel.T.contiguous().numpy())
     except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
         skipped.append([end, "unreadable", str(error).split(f"{name}: ", 1)[-1]])
-    frames = torch.cat(mels, dim=1).T.contiguous()
-    return frames.numpy(), {"file": name, "clips": clips, "skipped": skipped}
+    return {"file": name, "clips": clips, "skipped": skipped}
 
 
-def _totals(lines):
-    """The totals of these lines of the index, and what they list as skipped: the rows of skipped.csv."""
-    totals, skipped = Counter(), []
-    for line in lines:
-        entry = json.loads(line)
-        totals.update(clips=len(entry["clips"]), frames=sum(frames for _, frames in entry["clips"]))
-        totals.update(kind for _, kind, _ in entry["skipped"])
-        skipped += [(entry["file"], *problem) for problem in entry["skipped"]]
-    return totals, skipped
+def _write_shard(shard, readers):
+    """In a worker: write a shard, unless it exists. Returns its number of files."""
+    if not os.path.exists(f"{shard}.jsonl"):
+        part = f"{shard}.{os.getpid()}"  # another process may build the same corpus
+        with open(f"{part}.f16", "wb") as mel_file, open(f"{part}.jsonl", "w") as index:
+            for name, read_clips in readers.items():
+                Path(f"{shard}.now").write_bytes(os.fsencode(name))  # to name it when this process dies
+                index.write(json.dumps(_write_file(name, read_clips, mel_file)) + "\n")
+        os.replace(f"{part}.f16", f"{shard}.f16")
+        os.replace(f"{part}.jsonl", f"{shard}.jsonl")  # renamed last: its presence marks a complete shard
+    return len(readers)
+
+
+def _file_at_work(shard, _):
+    """Name of the file that the worker of this shard was reading."""
+    now = Path(f"{shard}.now")
+    return os.fsdecode(now.read_bytes()) if now.exists() else "before the first file"
+
+
+def _join_shards(out, folder, shards, settings):
+    """Concatenate the shards into mel.f16 and index.jsonl, and list what was skipped in skipped.csv."""
+    totals, skipped = Counter(), [("file", "offset", "kind", "reason")]
+    part = f"{folder}/{os.getpid()}."
+    with open(part + "mel.f16", "wb") as mel_file, open(part + "index.jsonl", "w") as index:
+        index.write(json.dumps(settings) + "\n")
+        for shard in shards:
+            with open(f"{shard}.f16", "rb") as shard_file:
+                shutil.copyfileobj(shard_file, mel_file)
+            for line in Path(f"{shard}.jsonl").read_text().splitlines():
+                index.write(line + "\n")
+                entry = json.loads(line)
+                totals.update(clips=len(entry["clips"]), frames=sum(frames for _, frames in entry["clips"]))
+                totals.update(kind for _, kind, _ in entry["skipped"])
+                skipped += [(entry["file"], *problem) for problem in entry["skipped"]]
+        index.write(json.dumps({"totals": totals}) + "\n")
+    with open(part + "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
+        csv.writer(table).writerows(skipped)
+    for name in ("skipped.csv", "mel.f16", "index.jsonl"):  # the index last: it marks a finished corpus
+        os.replace(part + name, out / name)
 
 
 def _build(out, settings, readers, workers):
-    """Build the corpus `out`, or only what is missing. Returns the `Corpus`.
+    """Build the corpus `out`, or only the shards that are missing. Returns the `Corpus`.
 
     `readers` {name of a file: function that yields its clips}. Raises ValueError when `out` is anything else.
     """
     out, settings = Path(out), {**settings, "front_end": [SAMPLE_RATE, N_FFT, HOP, N_MELS]}
-    part, mel_path, finished = out / "index.part", out / "mel.f16", out / "index.jsonl"
+    finished, found = out / "index.jsonl", set(out.glob("[!.]*"))
     if not finished.exists():
-        if out.exists() and not part.exists() and (out.is_file() or os.listdir(out)):
+        if shard_folders := {path for path in found if path.match(SHARD_FOLDERS)}:  # of an interrupted build
+            found -= shard_folders | {out / "mel.f16", out / "skipped.csv"}
+        if found or out.is_file():
             raise ValueError(f"{out} exists and is not a corpus: choose another name")
-        out.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mel_path.touch()
-        with open(part, "r+", buffering=1) as index, open(mel_path, "r+b") as mel_file:
-            lines = [line for line in index if line.endswith("\n")][: 1 + len(readers)]
-            lines = lines or [json.dumps(settings) + "\n"]
-            _check_settings(out, json.loads(lines[0]), settings)
-            index.seek(0)
-            index.writelines(lines)
-            mel_file.seek(_totals(lines[1:])[0]["frames"] * N_MELS * 2)  # bytes
-            done = len(lines) - 1
-            results = in_workers(_decode, list(readers.items())[done:], workers)
-            for frames, entry in tqdm(results, str(out), len(readers), initial=done, unit="file"):
-                mel_file.write(frames)
-                mel_file.flush()  # before the line of the index, which is flushed at its end
-                lines.append(json.dumps(entry) + "\n")
-                index.write(lines[-1])
-            totals, skipped = _totals(lines[1:])
-            index.write(json.dumps({"totals": totals}) + "\n")
-        with open(out / "skipped.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as table:
-            csv.writer(table).writerows([("file", "offset", "kind", "reason"), *skipped])
-        if part.exists():  # else another build of the same corpus was faster
-            os.replace(part, finished)
+        folder = out / f"shards-{hashlib.sha1(json.dumps(settings).encode()).hexdigest()}"
+        files = list(readers.items())
+        size = max(1, min(32, len(files) // 64))  # 32 songs are about 1,000 clips; at least 64 shards
+        jobs = [(folder / str(i), dict(files[i : i + size])) for i in range(0, len(files), size)]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tqdm(desc=str(out), total=len(files), unit="file") as bar:
+                for count in in_workers(_write_shard, jobs, workers, _file_at_work):
+                    bar.update(count)
+            _join_shards(out, folder, [shard for shard, _ in jobs], settings)
+        except FileNotFoundError:  # another process has finished this corpus and removed the shards
+            if not finished.exists():
+                raise
+    for folder in out.glob(SHARD_FOLDERS):  # also those of interrupted builds with other settings
+        shutil.rmtree(folder, ignore_errors=True)
     corpus = Corpus(out)
-    _check_settings(out, corpus.settings, settings)
+    if corpus.settings != settings:
+        raise ValueError(f"{out} was built with other settings, {corpus.settings}: delete it or rename it")
     return corpus
-
-
-def _check_settings(out, found, settings):
-    if found != settings:
-        raise ValueError(f"{out} was built with other settings, {found}: delete it, or choose another name")
 
 
 def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
@@ -333,6 +371,7 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
 
     Clips are at most `clip_seconds` long; 10 s are 313 frames. An interrupted build continues, a finished
     corpus is only opened; any number of `workers` (processes; default: one a core) makes the same bytes.
+    At the end, when the shards are joined, the corpus takes twice its disk space for a moment.
     Raises ValueError when there is no audio, none of it can be read, or `out` was built from other files.
     """
     if not SEGMENT_SECONDS <= clip_seconds < math.inf:
@@ -594,7 +633,8 @@ def main():
     """Build a corpus from a folder and print what it contains."""
     parser = argparse.ArgumentParser(description="Decode a folder of music once, into a corpus of mel power.")
     parser.add_argument("folder", help="music in any format that libsndfile reads, in any sub-folders")
-    parser.add_argument("--out", help="folder of the corpus, 29 MB an hour (default: corpora/NAME_OF_FOLDER)")
+    size = "29 MB for an hour of music, and twice that for a moment at the end of the build"
+    parser.add_argument("--out", help=f"folder of the corpus (default: corpora/NAME_OF_FOLDER): {size}")
     parser.add_argument("--clip-seconds", type=float, default=10.0, help="longest clip (default: 10)")
     parser.add_argument("--workers", type=int, default=CORES, help="processes (default: %(default)s)")
     args = parser.parse_args()

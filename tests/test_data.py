@@ -179,15 +179,29 @@ def test_errors_name_the_file_and_the_cause(tmp_path):
 
 
 def test_a_damaged_length_does_not_decide_how_much_is_read(tmp_path, monkeypatch):
-    """Some damaged files claim terabytes. A clip of one is read; the whole of it is an error."""
+    """Some damaged files claim terabytes. The sound is read in blocks up to its real end."""
     path = tmp_path / "song.wav"
     soundfile.write(path, np.stack([tone(16_000, 3), tone(16_000, 3, 330.0)], axis=1), 16_000)
+    expected, asked = data.load_audio(path), []
     clips = [wave for _, wave in data._clips(path, 0.7)]
-    assert torch.equal(torch.cat(clips), data.load_audio(path))
-    monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda sound: 2**60))
-    assert all(map(torch.equal, clips, [wave for _, wave in data._clips(path, 0.7)]))
-    with pytest.raises(ValueError, match="song.wav: damaged"):
-        data.load_audio(path)
+    assert len(clips) == 5 and torch.equal(torch.cat(clips), expected)
+    monkeypatch.setattr(data, "BLOCK", 7_000)
+    assert torch.equal(data.load_audio(path), expected)
+    assert torch.equal(data.load_audio(path, 0.5, 2.0), expected[8_000:40_000])
+    read = soundfile.SoundFile.read
+
+    def claimed(sound, frames, **options):
+        asked.append(frames)
+        return read(sound, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", claimed)
+    for frames in (2**39, 2**63 - 1):
+        monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda sound: frames))
+        assert torch.equal(data.load_audio(path), expected)
+        assert all(map(torch.equal, clips, [wave for _, wave in data._clips(path, 0.7)]))
+        with pytest.raises(ValueError, match="song.wav: "):
+            data.load_audio(path, 1000.0)  # beyond the real end
+    assert max(asked) == 7_000
 
 
 @pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
@@ -217,7 +231,7 @@ def test_audio_files_are_sorted_and_links_are_followed_once(tmp_path):
 # --- worker processes ---------------------------------------------------------------------------------------
 
 
-CLIP = SimpleNamespace(path="crash")  # a job of probe.py begins with a clip, whose file is its path
+CLIP = SimpleNamespace(path="a song")  # a job of probe.py begins with a clip, whose file is its path
 
 
 def work(number, folder):
@@ -248,12 +262,12 @@ def test_workers_pass_errors_on_and_stop_when_closed(tmp_path):
     assert len(list(tmp_path.iterdir())) < 50
 
 
-@pytest.mark.parametrize("workers, bad", [(1, "crash"), (2, CLIP)])
-def test_a_dead_worker_names_its_job(tmp_path, workers, bad):
+@pytest.mark.parametrize("workers, bad, file_of", [(1, "crash", [lambda *job: job[0]]), (2, CLIP, [])])
+def test_a_dead_worker_names_its_job(tmp_path, workers, bad, file_of):
     jobs = [(i if i != 7 else bad, tmp_path) for i in range(30)]
-    results = data.in_workers(work, jobs, workers)
+    results = data.in_workers(work, jobs, workers, *file_of)
     assert [next(results)[0] for _ in range(7)] == list(range(7))
-    with pytest.raises(ValueError, match="^crash: .*died"):
+    with pytest.raises(ValueError, match="^(crash|a song): the process that worked on it died"):
         next(results)
 
 
@@ -262,16 +276,14 @@ def test_a_dead_worker_names_its_job(tmp_path, workers, bad):
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Jobs are done in this process, which is quicker than to start workers. Holds the names of the files."""
-    done = []
+    """Jobs are done in this process, which is quicker than to start workers."""
+    monkeypatch.setattr(data, "in_workers", lambda function, jobs, *_: (function(*job) for job in jobs))
+    return monkeypatch
 
-    def here(function, jobs, workers=None):
-        for job in jobs:
-            done.append(job[0])
-            yield function(*job)
 
-    monkeypatch.setattr(data, "in_workers", here)
-    return done
+def finished_shards(out):
+    paths = [path for path in out.glob("shards-*/*.jsonl") if path.name.count(".") == 1]
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def crash():
@@ -282,15 +294,24 @@ def ones():
     yield 0.0, torch.ones(50_000)
 
 
-def test_a_build_whose_worker_dies_names_the_file_and_keeps_the_files_before_it(tmp_path, request):
+def test_a_build_whose_worker_dies_names_the_file_and_keeps_finished_shards(tmp_path, request):
     readers = {f"{i} é\udce9": ones for i in range(150)}
-    with pytest.raises(ValueError, match="^50 é\udce9: the process that worked on it died"):
-        data._build(tmp_path / "out", {}, {**readers, "50 é\udce9": crash}, 2)
-    assert not (tmp_path / "out/index.jsonl").exists()
-    done = request.getfixturevalue("in_process")
+    with pytest.raises(ValueError, match="^51 é\udce9: the process that worked on it died"):
+        data._build(tmp_path / "out", {}, {**readers, "51 é\udce9": crash}, 2)
+    finished = finished_shards(tmp_path / "out")
+    assert len(finished) >= 25 and not (tmp_path / "out/index.jsonl").exists()
+    assert {len(path.read_text().splitlines()) for path in finished} == {2}
+    request.getfixturevalue("in_process")
+    written, write_file = [], data._write_file
+
+    def note(name, *arguments):
+        written.append(name)
+        return write_file(name, *arguments)
+
+    request.getfixturevalue("monkeypatch").setattr(data, "_write_file", note)
     corpus = data._build(tmp_path / "out", {}, readers, 1)
     assert corpus.files == list(readers) and len(corpus) == 150 and corpus.mel.shape == (150 * 98, 128)
-    assert done == list(readers)[50:]
+    assert len(written) == 150 - 2 * len(finished)  # a finished shard is not written again
 
 
 @pytest.fixture(scope="module")
@@ -378,21 +399,20 @@ def start_build(music, out, workers, **options):
     return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
 
 
-def lines_of(path):
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(music, corpus, tmp_path):
-    out, kept = tmp_path / "killed", 0
-    for target in (1, 4, 9):  # lines to wait for: it is killed as soon as they are there
+    out, kept = tmp_path / "killed", {}
+    for target in (1, 3, 5):  # shards to wait for: it is killed as soon as they are there
         process = start_build(music, out, 1)
-        while process.poll() is None and lines_of(out / "index.part") < target:
+        while process.poll() is None and len(finished_shards(out)) < target:
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL
         process.communicate(timeout=30)  # returns when the workers, who have its stdout, have ended too
-        assert lines_of(out / "index.part") >= max(kept, target)
-        kept = lines_of(out / "index.part")
+        finished = finished_shards(out)
+        assert kept.items() <= finished.items()  # a finished shard is not made again
+        kept = finished
+    folder = next(iter(kept)).parent
+    (folder / "2.99999.f16").write_bytes(bytes(1234))  # half a shard of a killed worker
     process = start_build(music, out, 1)
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
@@ -400,31 +420,33 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(music, corpus, tmp_
     assert contents(out) == contents(corpus.path)
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_whatever_a_killed_build_left_is_continued(music, corpus, tmp_path, in_process, seed):
-    """index.part is cut off anywhere, and there may be frames that it does not list yet."""
-    random, out = np.random.default_rng(seed), tmp_path / "out"
-    index, mel = (corpus.path / "index.jsonl").read_bytes(), (corpus.path / "mel.f16").read_bytes()
-    part = index[: random.integers(len(index) + 1)] if seed else b""
-    entries = [json.loads(line) for line in part.splitlines(keepends=True)[1:] if line.endswith(b"\n")]
-    entries = [entry for entry in entries if "file" in entry]
-    listed = sum(frames for entry in entries for _, frames in entry["clips"])
-    out.mkdir()
-    (out / "index.part").write_bytes(part)
-    (out / "mel.f16").write_bytes(mel[: 256 * listed + random.integers(50_000)])
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_killed_while_the_corpus_is_put_in_its_place(music, corpus, tmp_path, in_process, moved):
+    replace, done = os.replace, []
+
+    def killed(source, target):
+        if Path(target).parent == tmp_path / "out":
+            if len(done) == moved:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    with in_process.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            data.build_corpus(music, tmp_path / "out")
     with pytest.raises(ValueError, match="is no usable corpus"):
-        data.Corpus(out)
-    data.build_corpus(music, out)
-    assert in_process == corpus.files[len(entries) :]
-    assert contents(out) == contents(corpus.path)
+        data.Corpus(tmp_path / "out")
+    data.build_corpus(music, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(corpus.path)
 
 
-@pytest.mark.parametrize("lines", [1, 2])
-def test_ctrl_c_is_one_line(music, tmp_path, lines):
+@pytest.mark.parametrize("shards", [0, 1])
+def test_ctrl_c_is_one_line(music, tmp_path, shards):
     process = start_build(music, tmp_path / "out", 2, start_new_session=True)
-    while lines_of(tmp_path / "out/index.part") < lines:
+    while not (tmp_path / "out").exists() or len(finished_shards(tmp_path / "out")) < shards:
         time.sleep(0.002)
-    if lines == 1:
+    if shards == 0:
         time.sleep(0.5)  # the worker processes have started; Python in them has not
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     started = time.time()
@@ -443,19 +465,48 @@ def test_two_builds_at_once_do_no_harm(music, corpus, tmp_path):
 
 
 def test_a_build_that_another_one_overtakes_opens_its_corpus(music, corpus, tmp_path, monkeypatch):
-    def here(function, jobs, workers):
+    def here(function, jobs, workers, file_of):
         for number, job in enumerate(jobs):
-            if number == 5 and workers == 7:  # another build continues this one, and finishes first
+            if number == overtaken and workers == 7:  # another build continues this one, and finishes first
                 data.build_corpus(music, tmp_path / "slow", workers=1)
             yield function(*job)
+        if overtaken == "end" and workers == 7:
+            data.build_corpus(music, tmp_path / "slow", workers=1)
 
     monkeypatch.setattr(data, "in_workers", here)
-    assert len(data.build_corpus(music, tmp_path / "slow", workers=7)) == len(corpus)
-    assert contents(tmp_path / "slow") == contents(corpus.path)
+    for overtaken in (5, "end"):
+        assert len(data.build_corpus(music, tmp_path / "slow", workers=7)) == len(corpus)
+        assert contents(tmp_path / "slow") == contents(corpus.path)
+        shutil.rmtree(tmp_path / "slow")
 
 
-@pytest.mark.parametrize("name", ["index.jsonl.txt", "shards", "mel.f16"])
-def test_a_folder_that_is_not_ours_is_left_alone(music, tmp_path, name):
+def test_an_interrupted_build_is_not_continued_with_other_settings(music, corpus, tmp_path, in_process):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    with in_process.context() as patch:
+        patch.setattr(data, "_join_shards", interrupt)
+        for clip_seconds in (5.0, 7.0):
+            with pytest.raises(KeyboardInterrupt):
+                data.build_corpus(music, out, clip_seconds)
+    assert len(os.listdir(out)) == 2
+    (out / ".DS_Store").touch()  # hidden files are ignored
+    data.build_corpus(music, out)
+    (out / ".DS_Store").unlink()
+    assert contents(out) == contents(corpus.path)  # the shards of the other settings are removed
+
+
+def test_a_build_killed_while_it_removed_its_shards_is_finished_by_the_next(music, corpus, copy):
+    folder = copy / f"shards-{'0123456789abcdef' * 2}01234567"
+    folder.mkdir()
+    (folder / "3.f16").write_bytes(bytes(100))
+    data.build_corpus(music, copy)
+    assert contents(copy) == contents(corpus.path)
+
+
+@pytest.mark.parametrize("name", ["shards", "shards-of-mine", "shards-0123", "mel.f16"])
+def test_a_folder_that_is_not_ours_is_left_alone(music, corpus, copy, tmp_path, name):
     mine = tmp_path / "mine" / name / "song.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("a song")
@@ -463,9 +514,31 @@ def test_a_folder_that_is_not_ours_is_left_alone(music, tmp_path, name):
         with pytest.raises(ValueError, match=f"{out} exists and is not a corpus"):
             data.build_corpus(music, out)
     assert mine.read_text() == "a song" and os.listdir(tmp_path / "mine") == [name]
+    if name != "mel.f16":
+        (tmp_path / "mine" / f"shards-{'0' * 40}").mkdir()  # beside the shards of an interrupted build
+        with pytest.raises(ValueError, match="mine exists and is not a corpus"):
+            data.build_corpus(music, tmp_path / "mine")
+        shutil.copytree(tmp_path / "mine", copy, dirs_exist_ok=True)  # beside a finished corpus
+        data.build_corpus(music, copy)
+        assert (copy / name / "song.txt").read_text() == "a song"
 
 
-def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path, monkeypatch):
+def test_shards_are_consecutive_files_of_one_number(tmp_path, monkeypatch):
+    sizes = []
+
+    def collect(function, jobs, *_):
+        assert sum([list(readers) for _, readers in jobs], []) == [str(i) for i in range(count)]
+        sizes.append((len(jobs), max(len(readers) for _, readers in jobs)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(data, "in_workers", collect)
+    for count in (1, 63, 200, 10_000):
+        with pytest.raises(KeyboardInterrupt):
+            data._build(tmp_path / "out", {"files": count}, {str(i): ones for i in range(count)}, 1)
+    assert sizes == [(1, 1), (63, 1), (67, 3), (313, 32)]
+
+
+def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path, in_process):
     other = tmp_path / "other"
     other.mkdir()
     soundfile.write(other / "x.wav", tone(16_000, 5), 16_000)
@@ -477,23 +550,13 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path, m
     with pytest.raises(ValueError, match="not a corpus"):
         data.build_corpus(music, other)
     assert contents(corpus.path) == before
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "in_workers", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            data.build_corpus(other, tmp_path / "built")
-    for change in ("nothing", "size", "files"):  # of an interrupted build, then of a finished one
-        if change == "size":
-            soundfile.write(other / "x.wav", tone(16_000, 6), 16_000)
-        if change == "files":
-            soundfile.write(other / "y.wav", tone(16_000, 5), 16_000)
-        with pytest.raises(ValueError, match="with other settings, .*: delete it"):
-            data.build_corpus(other, tmp_path / "built", clip_seconds=5.0 if change == "nothing" else 10.0)
-        if change == "nothing":
-            assert len(data.build_corpus(other, tmp_path / "built", workers=1)) == 1
+    assert len(data.build_corpus(other, tmp_path / "built")) == 1
+    soundfile.write(other / "x.wav", tone(16_000, 6), 16_000)
+    with pytest.raises(ValueError, match="with other settings, .*: delete it"):
+        data.build_corpus(other, tmp_path / "built")
+    soundfile.write(other / "y.wav", tone(16_000, 5), 16_000)
+    with pytest.raises(ValueError, match="with other settings, .*: delete it"):
+        data.build_corpus(other, tmp_path / "built")
 
 
 def test_folders_without_music_are_an_error(music, tmp_path, in_process):
