@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,22 +166,25 @@ def test_errors_name_the_file_and_the_cause(tmp_path):
     soundfile.write(tmp_path / "header.wav", np.zeros(0, np.float32), 16_000)
     soundfile.write(tmp_path / "good.wav", tone(16_000, 1), 16_000)
     soundfile.write(tmp_path / "slow.wav", tone(16_000, 1), 10)
-    assert "no such file" in message("nothing.wav")
-    assert "libsndfile" in message("text.mp3")
-    assert "empty" in message("empty.wav")
-    assert "convert it first: ffmpeg -i" in message("song.m4a")
+    os.mkfifo(tmp_path / "pipe.wav")
+    for name in ("nothing.wav", "pipe.wav"):
+        assert "no such file" in message(name)
+    for name in ("text.mp3", "empty.wav", "song.m4a", "slow.wav"):
+        assert "damaged, or unknown to libsndfile (convert it" in message(name)
     assert "not finite" in message("nan.wav")
     assert "no sound" in message("header.wav")
     assert "no sound from 2 s on" in message("good.wav", 2.0)
-    assert "negative" in message("good.wav", -1.0)
-    assert "10 Hz" in message("slow.wav")
+    for part in ((-1.0,), (math.nan,), (0.0, 0.0), (0.0, -1.0), (0.0, math.nan)):
+        assert "not a part" in message("good.wav", *part)
 
 
 def test_a_damaged_length_does_not_decide_how_much_is_read(tmp_path, monkeypatch):
-    """Some damaged MP3s claim terabytes. The sound is read in blocks up to its real end."""
+    """Some damaged files claim terabytes. The sound is read in blocks up to its real end."""
     path = tmp_path / "song.wav"
     soundfile.write(path, np.stack([tone(16_000, 3), tone(16_000, 3, 330.0)], axis=1), 16_000)
     expected, asked = data.load_audio(path), []
+    clips = [wave for _, wave in data._clips(path, 0.7)]
+    assert len(clips) == 5 and torch.equal(torch.cat(clips), expected)
     monkeypatch.setattr(data, "BLOCK", 7_000)
     assert torch.equal(data.load_audio(path), expected)
     assert torch.equal(data.load_audio(path, 0.5, 2.0), expected[8_000:40_000])
@@ -190,9 +194,13 @@ def test_a_damaged_length_does_not_decide_how_much_is_read(tmp_path, monkeypatch
         asked.append(frames)
         return read(sound, frames, **options)
 
-    monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda sound: 2**39))
     monkeypatch.setattr(soundfile.SoundFile, "read", claimed)
-    assert torch.equal(data.load_audio(path), expected)
+    for frames in (2**39, 2**63 - 1):
+        monkeypatch.setattr(soundfile.SoundFile, "frames", property(lambda sound: frames))
+        assert torch.equal(data.load_audio(path), expected)
+        assert all(map(torch.equal, clips, [wave for _, wave in data._clips(path, 0.7)]))
+        with pytest.raises(ValueError, match="song.wav: "):
+            data.load_audio(path, 1000.0)  # beyond the real end
     assert max(asked) == 7_000
 
 
@@ -223,14 +231,14 @@ def test_audio_files_are_sorted_and_links_are_followed_once(tmp_path):
 # --- worker processes ---------------------------------------------------------------------------------------
 
 
+CLIP = SimpleNamespace(path="a song")  # a job of probe.py begins with a clip, whose file is its path
+
+
 def work(number, folder):
-    """A job: some numbers are an error, end the process, or end it once."""
+    """A job: some are an error, or end the process."""
     if number == "error":
         raise ValueError("job error")
-    if number == "crash":
-        os._exit(1)
-    if number == "once" and not os.path.exists(f"{folder}/once"):
-        Path(f"{folder}/once").touch()
+    if number in ("crash", CLIP):
         os._exit(1)
     Path(f"{folder}/{number}").touch()
     return number, torch.get_num_threads()
@@ -254,28 +262,16 @@ def test_workers_pass_errors_on_and_stop_when_closed(tmp_path):
     assert len(list(tmp_path.iterdir())) < 50
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_dead_worker_names_its_job(tmp_path, workers):
-    jobs = [(i if i != 7 else "crash", tmp_path) for i in range(30)]
-    results = data.in_workers(work, jobs, workers)
+@pytest.mark.parametrize("workers, bad, file_of", [(1, "crash", [lambda *job: job[0]]), (2, CLIP, [])])
+def test_a_dead_worker_names_its_job(tmp_path, workers, bad, file_of):
+    jobs = [(i if i != 7 else bad, tmp_path) for i in range(30)]
+    results = data.in_workers(work, jobs, workers, *file_of)
     assert [next(results)[0] for _ in range(7)] == list(range(7))
-    with pytest.raises(ValueError, match="^crash: .*died"):
+    with pytest.raises(ValueError, match="^(crash|a song): the process that worked on it died"):
         next(results)
 
 
-def test_a_worker_that_died_once_is_replaced(tmp_path):
-    jobs = [(i if i != 7 else "once", tmp_path) for i in range(30)]
-    assert [number for number, _ in data.in_workers(work, jobs, 2)] == [number for number, _ in jobs]
-
-
-def crash_at_50(name):
-    if name == "50 é\udce9":
-        os._exit(1)
-    yield 0.0, torch.ones(50_000)
-
-
-def ones(name):
-    yield 0.0, torch.ones(50_000)
+# --- corpus -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -290,19 +286,32 @@ def finished_shards(out):
     return {path: path.stat().st_mtime_ns for path in paths}
 
 
+def crash():
+    os._exit(1)
+
+
+def ones():
+    yield 0.0, torch.ones(50_000)
+
+
 def test_a_build_whose_worker_dies_names_the_file_and_keeps_finished_shards(tmp_path, request):
-    names = [f"{i} é\udce9" for i in range(150)]
-    with pytest.raises(ValueError, match="^50 é\udce9: the process that worked on it died"):
-        data._build(tmp_path / "out", {}, names, crash_at_50, 2)
+    readers = {f"{i} é\udce9": ones for i in range(150)}
+    with pytest.raises(ValueError, match="^51 é\udce9: the process that worked on it died"):
+        data._build(tmp_path / "out", {}, {**readers, "51 é\udce9": crash}, 2)
     finished = finished_shards(tmp_path / "out")
     assert len(finished) >= 25 and not (tmp_path / "out/index.jsonl").exists()
     assert {len(path.read_text().splitlines()) for path in finished} == {2}
     request.getfixturevalue("in_process")
-    corpus = data._build(tmp_path / "out", {}, names, ones, 1)
-    assert corpus.files == names and len(corpus) == 150
+    written, write_file = [], data._write_file
 
+    def note(name, *arguments):
+        written.append(name)
+        return write_file(name, *arguments)
 
-# --- corpus -------------------------------------------------------------------------------------------------
+    request.getfixturevalue("monkeypatch").setattr(data, "_write_file", note)
+    corpus = data._build(tmp_path / "out", {}, readers, 1)
+    assert corpus.files == list(readers) and len(corpus) == 150 and corpus.mel.shape == (150 * 98, 128)
+    assert len(written) == 150 - 2 * len(finished)  # a finished shard is not written again
 
 
 @pytest.fixture(scope="module")
@@ -384,9 +393,10 @@ def test_any_number_of_workers_makes_the_same_bytes(music, corpus, tmp_path):
     assert contents(tmp_path / "again") == contents(corpus.path)
 
 
-def start_build(music, out, workers):
+def start_build(music, out, workers, **options):
     command = [sys.executable, "data.py", str(music), "--out", str(out), "--workers", str(workers)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes, **options)
 
 
 def test_killed_at_any_moment_it_continues_to_the_same_bytes(music, corpus, tmp_path):
@@ -397,7 +407,7 @@ def test_killed_at_any_moment_it_continues_to_the_same_bytes(music, corpus, tmp_
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -signal.SIGKILL
-        process.communicate()
+        process.communicate(timeout=30)  # returns when the workers, who have its stdout, have ended too
         finished = finished_shards(out)
         assert kept.items() <= finished.items()  # a finished shard is not made again
         kept = finished
@@ -425,10 +435,24 @@ def test_killed_while_the_corpus_is_put_in_its_place(music, corpus, tmp_path, in
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             data.build_corpus(music, tmp_path / "out")
-    with pytest.raises(ValueError, match="is not a corpus"):
+    with pytest.raises(ValueError, match="is no usable corpus"):
         data.Corpus(tmp_path / "out")
     data.build_corpus(music, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(corpus.path)
+
+
+@pytest.mark.parametrize("shards", [0, 1])
+def test_ctrl_c_is_one_line(music, tmp_path, shards):
+    process = start_build(music, tmp_path / "out", 2, start_new_session=True)
+    while not (tmp_path / "out").exists() or len(finished_shards(tmp_path / "out")) < shards:
+        time.sleep(0.002)
+    if shards == 0:
+        time.sleep(0.5)  # the worker processes have started; Python in them has not
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    started = time.time()
+    errors = process.communicate()[1]
+    assert process.returncode == 130 and time.time() - started < 3
+    assert errors.splitlines()[-1] == "Interrupted: the same command continues." and "Traceback" not in errors
 
 
 def test_two_builds_at_once_do_no_harm(music, corpus, tmp_path):
@@ -440,17 +464,20 @@ def test_two_builds_at_once_do_no_harm(music, corpus, tmp_path):
     assert contents(tmp_path / "shared") == contents(corpus.path)
 
 
-def test_a_build_that_another_one_overtakes_opens_its_corpus(music, corpus, tmp_path, in_process):
-    join_shards = data._join_shards
+def test_a_build_that_another_one_overtakes_opens_its_corpus(music, corpus, tmp_path, monkeypatch):
+    def here(function, jobs, workers, file_of):
+        for number, job in enumerate(jobs):
+            if number == overtaken and workers == 7:  # another build continues this one, and finishes first
+                data.build_corpus(music, tmp_path / "slow", workers=1)
+            yield function(*job)
+        if overtaken == "end" and workers == 7:
+            data.build_corpus(music, tmp_path / "slow", workers=1)
 
-    def overtaken(out, folder, *arguments):
-        shutil.copytree(corpus.path, out, dirs_exist_ok=True)
-        shutil.rmtree(folder)
-        join_shards(out, folder, *arguments)
-
-    in_process.setattr(data, "_join_shards", overtaken)
-    assert len(data.build_corpus(music, tmp_path / "slow")) == len(corpus)
-    assert contents(tmp_path / "slow") == contents(corpus.path)
+    monkeypatch.setattr(data, "in_workers", here)
+    for overtaken in (5, "end"):
+        assert len(data.build_corpus(music, tmp_path / "slow", workers=7)) == len(corpus)
+        assert contents(tmp_path / "slow") == contents(corpus.path)
+        shutil.rmtree(tmp_path / "slow")
 
 
 def test_an_interrupted_build_is_not_continued_with_other_settings(music, corpus, tmp_path, in_process):
@@ -464,7 +491,9 @@ def test_an_interrupted_build_is_not_continued_with_other_settings(music, corpus
             with pytest.raises(KeyboardInterrupt):
                 data.build_corpus(music, out, clip_seconds)
     assert len(os.listdir(out)) == 2
+    (out / ".DS_Store").touch()  # hidden files are ignored
     data.build_corpus(music, out)
+    (out / ".DS_Store").unlink()
     assert contents(out) == contents(corpus.path)  # the shards of the other settings are removed
 
 
@@ -477,16 +506,18 @@ def test_a_build_killed_while_it_removed_its_shards_is_finished_by_the_next(musi
 
 
 @pytest.mark.parametrize("name", ["shards", "shards-of-mine", "shards-0123", "mel.f16"])
-def test_a_folder_of_that_name_that_is_not_ours_is_left_alone(music, corpus, copy, tmp_path, name):
+def test_a_folder_that_is_not_ours_is_left_alone(music, corpus, copy, tmp_path, name):
     mine = tmp_path / "mine" / name / "song.txt"
     mine.parent.mkdir(parents=True)
     mine.write_text("a song")
-    with pytest.raises(ValueError, match="exists and is not a corpus"):
-        data.build_corpus(music, tmp_path / "mine")
-    assert mine.read_text() == "a song"
-    with pytest.raises(ValueError, match="song.txt exists and is not a corpus"):
-        data.build_corpus(music, mine)
+    for out in (tmp_path / "mine", mine):
+        with pytest.raises(ValueError, match=f"{out} exists and is not a corpus"):
+            data.build_corpus(music, out)
+    assert mine.read_text() == "a song" and os.listdir(tmp_path / "mine") == [name]
     if name != "mel.f16":
+        (tmp_path / "mine" / f"shards-{'0' * 40}").mkdir()  # beside the shards of an interrupted build
+        with pytest.raises(ValueError, match="mine exists and is not a corpus"):
+            data.build_corpus(music, tmp_path / "mine")
         shutil.copytree(tmp_path / "mine", copy, dirs_exist_ok=True)  # beside a finished corpus
         data.build_corpus(music, copy)
         assert (copy / name / "song.txt").read_text() == "a song"
@@ -496,14 +527,14 @@ def test_shards_are_consecutive_files_of_one_number(tmp_path, monkeypatch):
     sizes = []
 
     def collect(function, jobs, *_):
-        assert sum([names for _, names, _ in jobs], []) == [str(i) for i in range(count)]
-        sizes.append((len(jobs), max(len(names) for _, names, _ in jobs)))
+        assert sum([list(readers) for _, readers in jobs], []) == [str(i) for i in range(count)]
+        sizes.append((len(jobs), max(len(readers) for _, readers in jobs)))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(data, "in_workers", collect)
     for count in (1, 63, 200, 10_000):
         with pytest.raises(KeyboardInterrupt):
-            data._build(tmp_path / "out", {"files": count}, [str(i) for i in range(count)], ones, 1)
+            data._build(tmp_path / "out", {"files": count}, {str(i): ones for i in range(count)}, 1)
     assert sizes == [(1, 1), (63, 1), (67, 3), (313, 32)]
 
 
@@ -512,29 +543,32 @@ def test_another_folder_or_other_settings_are_refused(music, corpus, tmp_path, i
     other.mkdir()
     soundfile.write(other / "x.wav", tone(16_000, 5), 16_000)
     before = contents(corpus.path)
-    with pytest.raises(ValueError, match=r"with other settings \(source .*music0, files 15, .*\): delete"):
+    with pytest.raises(ValueError, match=r"with other settings, .*music0', 'files': 15, .*: delete it"):
         data.build_corpus(other, corpus.path)
-    with pytest.raises(ValueError, match=r"was built with other settings \(clip_seconds 10.0\): delete"):
+    with pytest.raises(ValueError, match=r"with other settings, .*'clip_seconds': 10.0.*: delete it"):
         data.build_corpus(music, corpus.path, clip_seconds=5.0)
     with pytest.raises(ValueError, match="not a corpus"):
         data.build_corpus(music, other)
     assert contents(corpus.path) == before
     assert len(data.build_corpus(other, tmp_path / "built")) == 1
     soundfile.write(other / "x.wav", tone(16_000, 6), 16_000)
-    with pytest.raises(ValueError, match=r"other settings \(names_and_sizes \w+\)"):
+    with pytest.raises(ValueError, match="with other settings, .*: delete it"):
         data.build_corpus(other, tmp_path / "built")
     soundfile.write(other / "y.wav", tone(16_000, 5), 16_000)
-    with pytest.raises(ValueError, match=r"other settings \(files 1, names_and_sizes \w+\)"):
+    with pytest.raises(ValueError, match="with other settings, .*: delete it"):
         data.build_corpus(other, tmp_path / "built")
+
+
+def test_folders_without_music_are_an_error(music, tmp_path, in_process):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="no audio files"):
-        data.build_corpus(tmp_path / "nothing", tmp_path / "x")
-    with pytest.raises(ValueError, match="no such folder"):
-        data.build_corpus(tmp_path / "missing", tmp_path / "x")
+    for folder in ("nothing", "missing"):
+        with pytest.raises(ValueError, match=f"{folder}: there is no such folder, or there are no"):
+            data.build_corpus(tmp_path / folder, tmp_path / "x")
     with pytest.raises(ValueError, match="cannot hold a segment"):
-        data.build_corpus(other, tmp_path / "x", clip_seconds=3.0)
+        data.build_corpus(music, tmp_path / "x", clip_seconds=3.0)
+    assert not (tmp_path / "x").exists()
     soundfile.write(tmp_path / "nothing/short.wav", tone(16_000, 1), 16_000)
-    with pytest.raises(ValueError, match="none of 1 files gave a clip"):
+    with pytest.raises(ValueError, match="none of 1 files gave a clip, see skipped.csv.*: delete it"):
         data.build_corpus(tmp_path / "nothing", tmp_path / "x")
 
 
@@ -545,16 +579,25 @@ def copy(corpus, tmp_path):
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("change", [-(10**9), -256, 256])
-def test_a_corpus_whose_sizes_disagree_is_to_be_built_again(music, corpus, copy, in_process, change):
+@pytest.mark.parametrize("change", [-(10**9), -256, 256, 1])
+def test_a_corpus_whose_sizes_disagree_is_to_be_built_again(music, corpus, copy, change):
     os.truncate(copy / "mel.f16", max(0, corpus.mel.nbytes + change))
-    with pytest.raises(ValueError, match="delete .* and build it again"):
-        data.Corpus(copy)
-    with pytest.raises(ValueError, match="delete .* and build it again"):
-        data.build_corpus(music, copy)
-    shutil.rmtree(copy)
-    data.build_corpus(music, copy)
-    assert contents(copy) == contents(corpus.path)
+    for open_corpus in (data.Corpus, lambda path: data.build_corpus(music, path)):
+        with pytest.raises(ValueError, match="copy is no usable corpus .*: delete it and build it again"):
+            open_corpus(copy)
+
+
+def test_an_unfinished_or_junk_index_is_an_error(music, copy, tmp_path):
+    lines = (copy / "index.jsonl").read_bytes().splitlines(keepends=True)
+    junks = [b"".join(lines[:-1]), b"", b"junk", b"\xff\xfe\0", b"[1, 2]\n", b"7"]
+    junks += [lines[0] + line for line in (b"{}\n", b"[[1]]", lines[1][:20])]
+    for junk in junks:
+        (copy / "index.jsonl").write_bytes(junk)
+        for open_corpus in (data.Corpus, lambda path: data.build_corpus(music, path)):
+            with pytest.raises(ValueError, match="copy is no usable corpus .*: delete it and build it again"):
+                open_corpus(copy)
+    with pytest.raises(ValueError, match="missing is no usable corpus .*No such file"):
+        data.Corpus(tmp_path / "missing")
 
 
 def test_a_corpus_that_is_truncated_while_it_is_open_is_an_error(corpus, copy):
@@ -564,20 +607,6 @@ def test_a_corpus_that_is_truncated_while_it_is_open_is_an_error(corpus, copy):
         opened.sample_pairs(range(len(opened)))
     pairs = [c.sample_pairs([0, 1], torch.Generator().manual_seed(0)) for c in (loaded, corpus)]
     assert torch.equal(*pairs)
-
-
-def test_an_unfinished_or_junk_index_is_an_error(music, copy, tmp_path):
-    lines = (copy / "index.jsonl").read_bytes().splitlines(keepends=True)
-    junks = [b"".join(lines[:-1]), b"", b"junk", b"\xff\xfe\0", b"[1, 2]\n", b"7"]
-    junks += [lines[0] + line for line in (b"{}\n", b"[[1]]", lines[1][:20])]
-    for junk in junks:
-        (copy / "index.jsonl").write_bytes(junk)
-        with pytest.raises(ValueError, match="copy/index.jsonl is damaged"):
-            data.Corpus(copy)
-        with pytest.raises(ValueError, match="copy/index.jsonl is damaged"):
-            data.build_corpus(music, copy)
-    with pytest.raises(ValueError, match="is not a corpus"):
-        data.Corpus(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("arguments", [["missing"], [".", "--clip-seconds", "1"]])
