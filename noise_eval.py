@@ -45,8 +45,8 @@ def add_white_noise(wave, snr_db, generator=None):
 def noisy_versions(wave, clip, folder, snrs, repeats):
     """A clip with each draw of noise at each SNR: a list of repeats * len(snrs) waves.
 
-    A draw depends on the clip's offset and its path relative to `folder` only. It is the same for all
-    representations, for the data set in another place and, but for its scale, for all SNRs.
+    The noise depends on the clip's path below `folder`, its offset and the number of the draw. So it is the
+    same for all representations, for the data set in another place and, but for its scale, for all SNRs.
     """
     name = str(clip.path)  # of embedded music (seed, number)
     if isinstance(clip.path, Path):
@@ -60,13 +60,8 @@ def noisy_versions(wave, clip, folder, snrs, repeats):
 
 
 def mean_power(wave):
-    """(samples,) -> (1,): 0 for silence."""
+    """Mean power of a wave, (samples,) -> (1,): a feature, by which `noise_check` counts silent clips."""
     return wave.double().square().mean()[None]
-
-
-def concatenated(features):
-    """All vectors of a representation side by side: (n, ..., F)."""
-    return torch.cat(list(features.rows.values()), dim=-1)
 
 
 def noise_check(task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, device="cpu", workers=None):
@@ -80,22 +75,22 @@ def noise_check(task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, device
     folder = os.path.commonpath(files) if files else ""
     corrupt = partial(noisy_versions, folder=folder, snrs=snrs, repeats=repeats)
     test_task = replace(task, clips=[clip for clip in task.clips if clip.split == "test"])
-    clean = embed_task(task, encoders, None, device, workers, "clean sound")
     noisy = embed_task(test_task, {**encoders, "power": mean_power}, corrupt, device, workers, "noisy sound")
+    clean = embed_task(task, encoders, None, device, workers, "clean sound")
     power = noisy.pop("power").rows["mean_power"]  # (n, V, 1)
 
     jobs = {}
     for probe_name, hidden in reversed(PROBES.items()):  # the MLP, which takes longer, first
         settings = [c._replace(hidden=hidden) for c in grid if bool(c.hidden) == bool(hidden)]
         for name in encoders:
-            jobs[name, probe_name] = clean[name], concatenated(clean[name]), settings
+            jobs[name, probe_name] = clean[name], clean[name].concatenated(), settings
     scores = []
     for (name, probe_name), (_, probe) in fit_all(task, jobs, False, seed, device).items():
         entry = {"representation": name, "probe": probe_name, "valid": probe.valid}
         entry["configuration"] = probe.configuration._asdict()
-        on_clean = score_test(task, clean[name], concatenated(clean[name]), probe, device=device)
+        on_clean = score_test(task, clean[name], clean[name].concatenated(), probe, device=device)
         scores.append({**entry, "snr": None, **on_clean})
-        rows = concatenated(noisy[name]).unflatten(1, (repeats, len(snrs)))  # (n, R, SNRs, F)
+        rows = noisy[name].concatenated().unflatten(1, (repeats, len(snrs)))  # (n, R, SNRs, F)
         for s, snr in enumerate(snrs):
             found = score_test(test_task, noisy[name], rows[:, :, s], probe, device=device)
             drop = on_clean["score"] - found["score"]  # as a share of 1
@@ -116,11 +111,11 @@ def noise_check(task, encoders, snrs, repeats=1, grid=QUICK_GRID, seed=0, device
 
 
 def _cell(row, draws):
-    """A score in percent, its interval and, on noisy sound, the drop from clean in points and in percent."""
+    """A score in percent, its interval and, on noisy sound, the change in points and in percent of clean."""
     low, high = row["interval"]
     cell = f"{100 * row['score']:5.1f}"
     if draws > 1 and row["snr"] is not None:
-        cell += f" ±{100 * torch.tensor(row['draws']).std():.1f}"
+        cell += f" ±{100 * torch.tensor(row['draws']).std(correction=0):.1f}"
     cell += f" ({100 * low:.0f} to {100 * high:.0f})"
     if row["snr"] is not None:
         cell += f" {0 - round(100 * row['drop'], 1):+.1f}"  # not -0.0
@@ -136,7 +131,7 @@ def table(results):
     first = results["scores"][0]
     draws = " ± standard deviation over draws" if results["repeats"] > 1 else ""
     text = f"{results['task']}, {results['clips']} test clips: {first['metric']} in percent{draws}\n"
-    text += f"  (95% interval over {first['interval_over']}), drop from clean in points and in percent\n"
+    text += f"  (95% interval over {first['interval_over']}), change from clean in points and in percent\n"
     for probe in PROBES:
         lines = [(probe, names)]
         for snr in (None, *results["snrs"]):
@@ -166,8 +161,8 @@ def unused_options(args):
     return [(hand_made, "with hand-made representations", "checkpoint patch")]
 
 
-def noise_eval(args):
-    """What the command line asks for."""
+def run_noise_eval(args):
+    """Check what the options ask for, print the table and save the results."""
     snrs = list(SWEEP) if args.sweep else list(dict.fromkeys(args.snr or [0.0]))
     for snr in snrs:
         if not -100 <= snr <= 100:
@@ -191,7 +186,7 @@ def noise_eval(args):
 
 def main():
     """The command line."""
-    run_command(command_line(), noise_eval, unused_options)
+    run_command(command_line(), run_noise_eval, unused_options)
 
 
 if __name__ == "__main__":

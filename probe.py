@@ -1,5 +1,7 @@
 """Stage 4 of Myna: labelled clips -> embeddings -> a grid of linear and MLP probes -> the task's metric.
 
+Input: a checkpoint and labelled sound. Output: a table, and the results as JSON beside the checkpoint.
+
 A probe measures what a frozen encoder has learned. Each clip of a labelled data set becomes one vector, the
 mean over its segments. Small models, the probes, are trained on the vectors of the training split, in 216
 configurations. The configuration with the best score on the validation split is scored once on the test
@@ -65,7 +67,7 @@ def weighted_key_score(targets, predictions):
     """MIREX's key score, which gives part of the score to related keys: targets (n,), predictions (..., n).
 
     Keys are numbered 0..11 C to B major, 12..23 C to B minor. The same key scores 1, a perfect fifth above
-    the target with the same mode 0.5, the relative major or minor 0.3, the parallel one 0.2 (as mir_eval).
+    the target with the same mode 0.5, the relative one 0.3, the parallel one 0.2 (the same as mir_eval).
     """
     targets, predictions = torch.as_tensor(targets), torch.as_tensor(predictions)
     same_mode = targets // 12 == predictions // 12
@@ -100,9 +102,10 @@ def roc_auc(targets, scores, average=True):
 
 
 def average_precision(targets, scores, average=True):
-    """Area under the precision-recall curve as a sum of steps; equal scores are one threshold (as sklearn).
+    """Area under the precision-recall curve as a sum of steps; equal scores are one threshold, as in sklearn.
 
-    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags; a tag without positives counts 0.
+    targets (n, T) of 0 and 1, scores (..., n, T). Mean over all T tags, where one without positives counts 0;
+    with `average=False` one value for each tag.
     """
     positive, first, _ = _sort_by_score(targets, scores)
     positives = positive.sum(dim=-1, keepdim=True)
@@ -114,9 +117,9 @@ def average_precision(targets, scores, average=True):
 
 
 def r2(targets, predictions, average=True):
-    """Coefficient of determination: targets (n, T), predictions (..., n, T). Mean over the T targets.
+    """Coefficient of determination: targets (n, T), predictions (..., n, T). Mean over targets, or each.
 
-    For a target that is constant, 1 where the prediction equals it and 0 otherwise (as sklearn).
+    For a target that is constant, 1 where the prediction equals it and 0 otherwise, as in sklearn.
     """
     targets, predictions = torch.as_tensor(targets).double(), torch.as_tensor(predictions).double()
     residual = (targets - predictions).square().sum(dim=-2)
@@ -177,7 +180,7 @@ class Task:
     kind: str  # "classes", "key", "tags", "regression"
     names: tuple  # of the classes, tags or targets
     clips: list[Clip]
-    missing: list[str] = ()  # files that the labels name and that do not exist
+    missing: list[str] = ()  # listed files that do not exist
     per_group: bool = False  # average the predicted probabilities over a group before scoring
     published: dict | None = None  # clips per split, as published
     note: str = ""  # what a user should know before using the scores
@@ -186,14 +189,15 @@ class Task:
 def _files(root):
     """{last one, two or three parts of a path: path} for all files and folders, up to six levels deep.
 
-    The entry "" is the folder itself.
+    The suffix is in lower case. The entry "" is the folder itself.
     """
     found = {"": Path(root)}
     for folder, folders, names in os.walk(root, followlinks=True):
         folders.sort()
         above = Path(folder).relative_to(root).parts
         for name in sorted(folders + names):
-            parts = (*above, name)
+            stem, suffix = os.path.splitext(name)
+            parts = (*above, stem + suffix.lower())
             for count in (1, 2, 3):
                 found.setdefault("/".join(parts[-count:]), Path(folder, name))
         if len(above) == 5:  # this also ends links that lead back up
@@ -271,7 +275,7 @@ def _standardise(clips, where):
     targets = np.array([clip.label for clip in clips])  # (n, T)
     development = targets[[clip.split != "test" for clip in clips]]
     if not len(development) or not np.ptp(development, axis=0).all():
-        raise ValueError(f"{where}: a target has fewer than two values in train and valid")
+        raise ValueError(f"{where}: a target has the same value for all clips of train and valid")
     targets = (targets - development.mean(axis=0)) / development.std(axis=0)
     return [clip._replace(label=label) for clip, label in zip(clips, targets.tolist())]
 
@@ -304,25 +308,30 @@ def _mtt(files):
     The folder holds: annotations_final.csv, and the zip's sixteen folders 0, 1, ... f of .mp3 files.
     """
     rows, tags, count = [], [], Counter()
-    for _, row in _rows(files["annotations_final.csv"], ("clip_id", "mp3_path"), "\t"):
+    split_of = dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
+    for where, row in _rows(files["annotations_final.csv"], ("clip_id", "mp3_path"), "\t"):
         number, name, tags = row.pop("clip_id"), row.pop("mp3_path"), list(row)
+        if name[:1] not in split_of:
+            raise ValueError(f"{where}: {name!r} is in none of the folders 0 to f")
         present = {tag for tag in tags if row[tag] == "1"}
         rows.append((number, name, present))
         count.update(present)
     tags = sorted(tags, key=lambda tag: -count[tag])[:50]  # of equally frequent tags the first columns
-    split_of = dict.fromkeys("0123456789ab", "train") | {"c": "valid"} | dict.fromkeys("def", "test")
     clips = []
     for number, name, present in rows:
         if number in ("35644", "55753", "57881"):  # corrupt as published
             continue
         label = [float(tag in present) for tag in tags]
         song = re.sub(r"-\d+-\d+\.mp3$", "", name)  # a name ends in the clip's first and last second
-        clips.append(Clip(_sound(files, name), 0.0, None, label, split_of.get(name[:1], "test"), song))
+        clips.append(Clip(_sound(files, name), 0.0, None, label, split_of[name[:1]], song))
     return Task("mtt", "tags", tuple(tags), clips, published={"train": 18_706, "valid": 1_825, "test": 5_329})
 
 
 def _validation_artists(tracks):
-    """Artists chosen by hash, and those who share a track with them, in two passes over the tracks."""
+    """Artists of GiantSteps' validation split, as in JukeMIR, for tracks as sets of artists.
+
+    Those with hash % 116 >= 100, and then, in two passes, all who share a track with one of them.
+    """
     valid = {artist for artists in tracks for artist in artists if _sha1(artist) % 116 >= 100}
     for _ in range(2):
         for artists in tracks:
@@ -332,10 +341,10 @@ def _validation_artists(tracks):
 
 
 def _count_pieces(path, seconds):
-    """How many whole pieces of `seconds` a file holds; 1 if it is short, missing, unreadable, or no song."""
+    """Number of whole pieces of `seconds` in a file; 1 if it is shorter, unreadable, or an hour long."""
     try:
         duration = soundfile.info(str(path)).duration
-    except (OSError, soundfile.SoundFileError):  # decoding will say what is wrong with it
+    except (OSError, soundfile.SoundFileError):  # load_audio reports the cause later
         duration = 0
     return int(duration // seconds) if seconds <= duration < 3600 else 1
 
@@ -355,12 +364,12 @@ def _giantsteps(files):
 
     songs, table = [], files["annotations/annotations.txt"]  # songs: (ID, key, split)
     for where, row in _rows(table, ("ID", "MANUAL KEY", "C"), "\t"):
-        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # the annotator is sure, and names one key
+        if row["C"] == "2" and "/" not in row["MANUAL KEY"]:  # confidence 2, exactly one key
             split = "valid" if artists_of.get(row["ID"], set()) & valid else "train"
             songs.append((row["ID"], _key(row["MANUAL KEY"], where), split))
     for tail, path in files.items():
         match = re.fullmatch(r"annotations/key/([^.]+)\.LOFI\.key", tail)
-        if match and path.parent.parent != table.parent:
+        if match and path.parent.parent != table.parent:  # the MTG set may have such a folder, too
             songs.append((match[1], _key(path.read_text("utf-8-sig", "replace"), path), "test"))
 
     clips = []
@@ -372,7 +381,7 @@ def _giantsteps(files):
 
 
 def _emomusic(files):
-    """emoMusic (Soleymani et al., 2013): arousal and valence of 45 seconds, standardised; split by artist.
+    """emoMusic (Soleymani et al., 2013): arousal and valence of 45 seconds, standardised. Its own test set.
 
     Where to get it: the University of Geneva's page emoMusic, 1000 songs for emotional analysis of music.
     The folder holds: songs_info.csv and static_annotations.csv in annotations, clips_45seconds/<song_id>.mp3.
@@ -385,7 +394,7 @@ def _emomusic(files):
         if song not in means:
             continue
         artist = " ".join(re.sub(r"[^a-z\s]", "", row["Artist"].lower()).split())
-        split = "valid" if _sha1(artist) % 10 >= 8 else "train"
+        split = "valid" if _sha1(artist) % 10 >= 8 else "train"  # by artist, as in JukeMIR
         if row["Mediaeval 2013 set"] == "evaluation":
             split = "test"
         path = _sound(files, f"clips_45seconds/{song}.mp3")
@@ -395,7 +404,7 @@ def _emomusic(files):
     return Task("emomusic", "regression", ("arousal", "valence"), clips, published=published)
 
 
-INSTRUMENTS = ("BTb", "Hn", "Tbn", "TpC", "Acc", "Vc", "Cb", "Va", "Vn", "ASax", "Bn", "ClBb", "Fl", "Ob")
+TINYSOL_INSTRUMENTS = tuple("BTb Hn Tbn TpC Acc Vc Cb Va Vn ASax Bn ClBb Fl Ob".split())
 
 
 def _tinysol(files):
@@ -408,12 +417,12 @@ def _tinysol(files):
     clips = []
     for where, row in _rows(files["TinySOL_metadata.csv"], ("Path", "Fold", "Instrument (abbr.)")):
         fold, instrument = row["Fold"], row["Instrument (abbr.)"]
-        if fold not in split_of or instrument not in INSTRUMENTS:
+        if fold not in split_of or instrument not in TINYSOL_INSTRUMENTS:
             raise ValueError(f"{where}: {fold!r} is no fold or {instrument!r} no instrument")
-        name = row["Path"].split("/")[-1]  # no other note has it
-        label = INSTRUMENTS.index(instrument)
+        name = row["Path"].split("/")[-1]  # unique
+        label = TINYSOL_INSTRUMENTS.index(instrument)
         clips.append(Clip(_sound(files, name), 0.0, None, label, split_of[fold], name))
-    return Task("tinysol", "classes", INSTRUMENTS, clips)
+    return Task("tinysol", "classes", TINYSOL_INSTRUMENTS, clips)
 
 
 def _beatport(files):
@@ -438,7 +447,7 @@ def _beatport(files):
     for key in range(24):
         split_of |= _ranked_splits(clip.group for clip in clips if clip.label == key)
     clips = [clip._replace(split=split_of[clip.group]) for clip in clips]
-    note = "All IDs are in GiantSteps-MTG-Key too: never train on one of these two and test on the other. "
+    note = "All IDs are in GiantSteps-MTG-Key too. "
     note += f"{len(unused)} tracks are not used, they have no single key: {', '.join(unused)}"
     return Task("beatport", "key", KEYS, clips, note=note)
 
@@ -461,7 +470,7 @@ SYNTH_SPLITS = {"train": (101, 600), "valid": (102, 200), "test": (103, 400)}  #
 
 
 def _own_clip(where, row, folder, kind, columns):
-    """One row of a user's table as a Clip; its label has names where those of all rows are not known yet."""
+    """One row of a user's table as a Clip. Its label is still a class name, or a set of tags."""
     if not row["path"] or None in row:
         raise ValueError(f"{where}: no path, or more fields than columns")
     offset = _float(row.get("offset") or 0, f"{where}, offset")
@@ -496,7 +505,8 @@ def _own_table(path, folder, kind):
     kind = kind or ("classes" if "label" in columns else "tags" if "tags" in columns else "regression")
     clips = [_own_clip(where, row, folder, kind, columns) for where, row in rows]
 
-    names, labels = KEYS if kind == "key" else columns, [clip.label for clip in clips]
+    names = KEYS if kind == "key" else columns
+    labels = [clip.label for clip in clips]
     if kind == "classes":
         names = sorted(set(labels))
         labels = [names.index(label) for label in labels]
@@ -504,20 +514,22 @@ def _own_table(path, folder, kind):
         names = sorted(set().union(*labels))
         labels = [[float(name in tags) for name in names] for tags in labels]
     if len(names) < (2 if kind == "classes" else 1):
-        raise ValueError(f"{path}: nothing to predict: {kind} of {names}")
+        raise ValueError(f"{path}: nothing to predict: {kind} with the names {names}")
 
     split_of = {}
     for (where, _), clip in zip(rows, clips):
         other = split_of.setdefault(clip.group, clip.split)
         if clip.split != other:
-            raise ValueError(f"{where}: {clip.split}, but the same file or group in {other}: {clip.group!r}")
+            raise ValueError(f"{where}: {clip.split}, but its file or group is also in {other}: {clip.group!r}")
     if clips[0].split is None:
         split_of = _ranked_splits(split_of)
     for split in SPLITS:
         if split not in split_of.values():
             raise ValueError(f"{path}: no clips for {split}; a table without splits needs three groups")
     clips = [clip._replace(label=label, split=split_of[clip.group]) for clip, label in zip(clips, labels)]
-    return Task(path.stem, kind, tuple(names), _standardise(clips, path) if kind == "regression" else clips)
+    clips = _standardise(clips, path) if kind == "regression" else clips
+    name = path.name if path.stem in (*DATASETS, *SYNTH) else path.stem
+    return Task(name, kind, tuple(names), clips)
 
 
 def load_task(name, root=None, kind=None):
@@ -606,14 +618,14 @@ def mfcc(wave):
 def chroma(wave):
     """Castellon's harmony feature: statistics of 12 pitch classes of the peak-normalised sound, (72,).
 
-    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian of a
-    semitone shares each bin among the pitch classes, and a wider one prefers the octaves near 440 Hz. Each
-    frame's maximum is 1.
+    His feature folds a constant-Q transform at 22,050 Hz. This one folds an STFT at 16 kHz: a Gaussian (std
+    half a semitone) distributes each bin over the pitch classes, and another (std two octaves) weights bins
+    by their distance from 440 Hz. Each frame's maximum is 1.
     """
     window = torch.hann_window(2 * N_FFT)
     spectrum = torch.stft(_peak_normalised(wave), 2 * N_FFT, 512, window=window, return_complex=True)
     power = spectrum.real.square() + spectrum.imag.square()  # (bins, T)
-    hertz = torch.arange(1, N_FFT + 1) * SAMPLE_RATE / (2 * N_FFT)  # without the constant
+    hertz = torch.arange(1, N_FFT + 1) * SAMPLE_RATE / (2 * N_FFT)  # without the bin at 0 Hz
     pitch = 12 * (hertz / 440).log2() + 9  # semitones above C
     distance = (pitch - torch.arange(12)[:, None] + 6) % 12 - 6  # (12, bins)
     weights = torch.exp(-0.5 * (2 * distance) ** 2) * torch.exp(-0.5 * ((pitch - 9) / 24) ** 2)
@@ -630,11 +642,15 @@ class Features:
 
     rows: dict  # name -> (n, F) or, corrupted, (n, V, F); a hybrid model has "square" and "vertical"
     clip_index: torch.Tensor  # (n,) long: number of the clip in the task that a row belongs to
-    labels: list  # one a clip; None for a clip that cannot be read
+    labels: list  # one for each clip of the task; None for a clip that cannot be read
     skipped: list  # [path, reason] of the clips that cannot be read
 
+    def concatenated(self):
+        """The rows of all patch shapes side by side: (n, ..., F)."""
+        return torch.cat(list(self.rows.values()), dim=-1)
 
-def embed_task(task, encoder, corrupt=None, device="cpu", workers=None, label="embedding"):
+
+def embed_task(task, encoder, corrupt=None, device="cpu", workers=None, title="embedding"):
     """The Features of a task's clips.
 
     `encoder` is a Myna, which gives a row for each segment, or "mfcc", "chroma" or a function(wave) -> (F,),
@@ -644,20 +660,20 @@ def embed_task(task, encoder, corrupt=None, device="cpu", workers=None, label="e
     import them. Raises ValueError if no clip can be read.
     """
     if not isinstance(encoder, dict):
-        return embed_task(task, {"": encoder}, corrupt, device, workers, label)[""]
-    encoders = {name: HAND_MADE.get(e, e) for name, e in encoder.items()}
-    front_ends = {name: mel_segments if isinstance(e, Myna) else e for name, e in encoders.items()}
+        return embed_task(task, {"": encoder}, corrupt, device, workers, title)[""]
+    encoders = {name: HAND_MADE[e] if isinstance(e, str) else e for name, e in encoder.items()}
+    front_end = {name: mel_segments if isinstance(e, Myna) else e for name, e in encoders.items()}
+    functions = list(dict.fromkeys(front_end.values()))  # several models share the mel segments
     labels, skipped = [], []
     features = {name: Features({}, [], labels, skipped) for name in encoders}
-    described = _describe_task(task, set(front_ends.values()), corrupt, workers, label, labels, skipped)
-    for number, arrays in described:
-        for name, encoder in encoders.items():
-            x = arrays[front_ends[name]]  # (V, n, ...)
-            for part, vectors in _encode(encoder, x.flatten(0, 1), device).items():
+    for number, arrays in _describe_task(task, functions, labels, skipped, corrupt, workers, title):
+        for name, one in encoders.items():
+            x = arrays[functions.index(front_end[name])]  # (V, n, ...)
+            for part, vectors in _encode(one, x.flatten(0, 1), device).items():
                 vectors = vectors.unflatten(0, x.shape[:2])  # (V, n, F)
                 rows = vectors.mean(dim=1)[None] if corrupt else vectors[0]
                 features[name].rows.setdefault(part, []).append(rows)
-            features[name].clip_index += [number] * len(rows)
+            features[name].clip_index += [number] * (1 if corrupt else x.shape[1])
     for found in features.values():
         found.rows = {part: torch.cat(rows) for part, rows in found.rows.items()}
         found.clip_index = torch.tensor(found.clip_index)
@@ -667,39 +683,42 @@ def embed_task(task, encoder, corrupt=None, device="cpu", workers=None, label="e
 def _encode(encoder, x, device):
     """What an encoder makes of what its front end returned: {patch shape or name: (rows, F)} on the CPU."""
     if not isinstance(encoder, Myna):
-        return {encoder.__name__: x}
+        return {getattr(encoder, "__name__", "function"): x}
     encoded = {}
     for patch in encoder.to(device).patches:
         encoded[patch] = torch.cat([encoder.embed(part.to(device), patch).cpu() for part in x.split(256)])
     return encoded
 
 
-def _describe_task(task, functions, corrupt, workers, label, labels, skipped):
-    """Yield (number, {function: (V, n, ...)}) of each clip that can be read; fill `labels` and `skipped`."""
+def _describe_task(task, functions, labels, skipped, corrupt=None, workers=None, title="decoding"):
+    """Yield (number, what each function makes of it (V, n, ...)) of each clip that can be read.
+
+    Appends to the lists `labels` and `skipped` of `Features`. Raises ValueError if no clip can be read.
+    """
     jobs = ((clip, functions, corrupt) for clip in task.clips)
-    results = tqdm(in_workers(_describe, jobs, workers or CORES), label, len(task.clips), unit="clip")
+    results = tqdm(in_workers(_describe, jobs, workers or CORES), title, len(task.clips), unit="clip")
     for number, (clip, (arrays, own_labels, reason)) in enumerate(zip(task.clips, results)):
         if reason:
             labels.append(None)
             skipped.append([str(clip.path), reason])
         else:
             labels.append(own_labels[task.name.removeprefix("synth-")] if own_labels else clip.label)
-            yield number, {function: torch.from_numpy(array) for function, array in arrays.items()}
+            yield number, [torch.from_numpy(array) for array in arrays]
     if len(skipped) == len(labels):
-        raise ValueError(f"{task.name}: no clip could be read; the first: {skipped[0][1]}")
+        raise ValueError(f"{task.name}: no clip could be read, the first: {(skipped or ['none'])[0]}")
 
 
 def _describe(clip, functions, corrupt):
     """In a worker process: one clip as each function describes each version of it.
 
-    Returns ({function: array (V, n, ...)}, labels, None), or (None, None, the reason why it cannot be read).
+    Returns (a list of arrays (V, n, ...), labels, None), or (None, None, the reason why it cannot be read).
     """
     try:
         wave, labels = load_clip(clip)
     except ValueError as error:
         return None, None, str(error)
     waves = corrupt(wave, clip) if corrupt else [wave]
-    arrays = {f: torch.stack([torch.atleast_2d(f(wave)) for wave in waves]).numpy() for f in functions}
+    arrays = [torch.stack([torch.atleast_2d(f(wave)) for wave in waves]).numpy() for f in functions]
     return arrays, labels, None
 
 
@@ -752,16 +771,16 @@ class Probe:
 
 
 def _input_of(configuration):
-    """What decides a probe's input. Probes that agree in it are one group, and their input is made once."""
+    """The settings that change a probe's input. Probes that agree in them are a group with one input."""
     return configuration.standardise, configuration.dropout
 
 
-def fit_grid(configurations, train, valid, kind, outputs, seed=0, progress=None):
+def fit_grid(configurations, train, valid, kind, n_outputs, seed=0, progress=None):
     """Train a probe for each configuration as it would train alone. Returns a list of Probe.
 
     `train` is (features (n, F), targets (n, ...)). `valid` is the same or (features, targets, target_index
-    (n,)): then the mean output of all rows of a target is scored. `outputs` is the number of classes, tags or
-    values. Early stopping as in Castellon et al.: the primary metric on the validation split every 8 steps
+    (n,)): then the mean output of all rows of a target is scored. `n_outputs` counts classes, tags or values.
+    Early stopping as in Castellon et al.: the primary metric on the validation split every 8 steps
     from step 0 on; a probe stops after its patience without a better score and keeps its best weights.
     `progress(n)` is called when n probes have stopped.
     """
@@ -769,11 +788,11 @@ def fit_grid(configurations, train, valid, kind, outputs, seed=0, progress=None)
     for batch_size, hidden in sorted({(c.batch, c.hidden) for c in configurations}):
         same = [i for i, c in enumerate(configurations) if (c.batch, c.hidden) == (batch_size, hidden)]
         same.sort(key=lambda i: _input_of(configurations[i]))  # the probes of a group are neighbours
-        values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, outputs)))
+        values = sum(a * b for a, b in itertools.pairwise((train[0].shape[1], *hidden, n_outputs)))
         # On a CPU a batch's weights, gradients and Adam averages should fit into the cache.
         width = len(same) if train[0].is_cuda else max(1, CACHE // (16 * values))
         for numbers in (same[first : first + width] for first in range(0, len(same), width)):
-            batch = ProbeBatch([configurations[i] for i in numbers], *train, kind, outputs, seed)
+            batch = ProbeBatch([configurations[i] for i in numbers], *train, kind, n_outputs, seed)
             for i, probe in zip(numbers, batch.fit(valid, progress or (lambda n: None))):
                 probes[i] = probe
     return probes
@@ -785,7 +804,7 @@ class ProbeBatch:
     The probes are sorted by `_input_of`, which puts them into G groups.
     """
 
-    def __init__(self, configurations, x, targets, kind, outputs, seed):
+    def __init__(self, configurations, x, targets, kind, n_outputs, seed):
         """All probes start from the same weights, uniform as torch initialises a linear layer."""
         self.configurations, self.x, self.targets, self.kind = configurations, x, targets, kind
         self.generator = torch.Generator(x.device).manual_seed(seed)
@@ -797,15 +816,15 @@ class ProbeBatch:
         self.standardised = torch.tensor([int(flag) for flag, _ in groups], device=x.device)  # (G,)
         self.input_dropout = torch.tensor([rate for _, rate in groups], device=x.device)[:, None, None]
         count = len(configurations)
-        self.number = torch.arange(count, device=x.device)  # (S,) which of the configurations
-        self.group = torch.tensor([groups.index(_input_of(c)) for c in configurations], device=x.device)
+        self.configuration_index = torch.arange(count, device=x.device)  # (S,) of each probe
+        self.input_group = torch.tensor([groups.index(_input_of(c)) for c in configurations], device=x.device)
         self.patience = torch.tensor([c.patience for c in configurations], device=x.device)  # (S,)
         for name in ("lr", "dropout", "l2"):  # (S, 1, 1) each
             values = torch.tensor([getattr(c, name) for c in configurations], device=x.device)
             setattr(self, name, values.float()[:, None, None])
 
         self.weights = []  # for each layer a weight (S, in, out) and a bias (S, 1, out)
-        for a, b in itertools.pairwise((x.shape[1], *configurations[0].hidden, outputs)):
+        for a, b in itertools.pairwise((x.shape[1], *configurations[0].hidden, n_outputs)):
             uniform = torch.rand(a + 1, b, generator=self.generator, device=x.device) * 2 - 1
             for part in (uniform / math.sqrt(a)).split([a, 1]):
                 self.weights.append(part.expand(count, -1, -1).clone())
@@ -818,19 +837,19 @@ class ProbeBatch:
 
     def count_groups(self):
         """How many probes of each group are left, as a list: G numbers."""
-        self.group_sizes = torch.bincount(self.group, minlength=len(self.standardised)).tolist()
+        self.input_group_sizes = torch.bincount(self.input_group, minlength=len(self.standardised)).tolist()
 
     def fit(self, valid, progress):
         """Train until the last probe has stopped. Returns a `Probe` for each configuration."""
         finished = [None] * len(self.configurations)
-        valid = (self.standardise(valid[0]), *valid[1:])
+        valid = (self.inputs_of_groups(valid[0]), *valid[1:])
         for step in itertools.count():
             if step % CHECK == 0:
                 self.check(valid, step)
             if step % (8 * CHECK) == 0:  # not at every check, because a GPU waits for the answer
                 stop = (step - self.best_step >= self.patience * CHECK).cpu()
                 for s in stop.nonzero()[:, 0].tolist():
-                    finished[int(self.number[s])] = self.finished_probe(s)
+                    finished[int(self.configuration_index[s])] = self.finished_probe(s)
                 progress(int(stop.sum()))
                 if stop.all():
                     return finished
@@ -838,15 +857,15 @@ class ProbeBatch:
                     self.keep((~stop).nonzero()[:, 0].to(self.x.device))
             self.adam_step(step)
 
-    def standardise(self, x):
-        """The input of each group: (n, F) -> (G, n, F)."""
+    def inputs_of_groups(self, x):
+        """The input of each group, standardised or not: (n, F) -> (G, n, F)."""
         return (x - self.shift[self.standardised, None]) * self.scale[self.standardised, None]
 
     def forward(self, x, dropout=False):
         """Outputs of all probes for the inputs of the groups: (G, B, F) -> (S, B, C)."""
         *hidden, weight, bias = self.weights
         if hidden:
-            x = x[self.group]  # (S, B, F)
+            x = x[self.input_group]  # (S, B, F)
             for w, b in zip(hidden[::2], hidden[1::2]):
                 x = torch.baddbmm(b, x, w).relu()
                 if dropout:
@@ -854,7 +873,7 @@ class ProbeBatch:
             return torch.baddbmm(bias, x, weight)
         # A linear probe is narrow. The weights of a group, side by side, make one wide matrix.
         outputs = []
-        for x, w in zip(x, weight.split(self.group_sizes)):  # (B, F), (probes of the group, F, C)
+        for x, w in zip(x, weight.split(self.input_group_sizes)):  # (B, F), (probes of the group, F, C)
             wide = x @ w.transpose(0, 1).flatten(1)  # (B, probes of the group * C)
             outputs.append(wide.unflatten(1, (len(w), w.shape[2])).transpose(0, 1))
         return torch.cat(outputs) + bias
@@ -868,7 +887,7 @@ class ProbeBatch:
         """One step of every probe on the same random examples. L2 is part of the gradient, as in torch."""
         order = torch.randperm(len(self.x), generator=self.generator, device=self.x.device)
         rows = order[: self.configurations[0].batch]
-        x = self.standardise(self.x[rows])  # (G, B, F)
+        x = self.inputs_of_groups(self.x[rows])  # (G, B, F)
         x = x * self.dropout_mask(x.shape[1:], self.input_dropout)
         for w in self.weights:
             w.requires_grad_()
@@ -901,7 +920,7 @@ class ProbeBatch:
 
     def finished_probe(self, s):
         """The probe at place `s` as a `Probe`, with its best weights."""
-        configuration = self.configurations[int(self.number[s])]
+        configuration = self.configurations[int(self.configuration_index[s])]
         weights = [w[s].detach().clone() for w in self.best_weights]
         layers = [(weight, bias[0]) for weight, bias in zip(weights[::2], weights[1::2])]
         flag, score, step = int(configuration.standardise), float(self.best_score[s]), int(self.best_step[s])
@@ -910,7 +929,7 @@ class ProbeBatch:
     @torch.no_grad()
     def keep(self, places):
         """Remove all probes but those at `places` (long)."""
-        for name in ("number", "group", "patience", "lr", "dropout", "l2", "best_score", "best_step"):
+        for name in "configuration_index input_group patience lr dropout l2 best_score best_step".split():
             setattr(self, name, getattr(self, name)[places])
         for name in ("weights", "exp_avg", "exp_avg_sq", "best_weights"):
             setattr(self, name, [w[places] for w in getattr(self, name)])
@@ -954,14 +973,14 @@ def mean_rows(rows, index, count):
 class Split(NamedTuple):
     """One split of a task. A target belongs to a clip, or to a song where the task scores songs."""
 
-    x: torch.Tensor  # (n, ...) a row for each clip, the mean of its segments; or a row for each segment
+    x: torch.Tensor  # (n, ...) a row for each clip, the mean of its segments, or for each segment
     targets: torch.Tensor  # (m,) or (m, T)
     target_index: torch.Tensor  # (n,) long: the target of each row
     groups: torch.Tensor  # (m,) long: the group of each target, 0, 1, ...
 
 
 def split_rows(task, features, split, rows, per_segment=False):
-    """The `Split` of a representation's `rows` (n, ...) with that name.
+    """The `Split` "train", "valid" or "test" of a task. `rows` (n, ...) belong to features.clip_index.
 
     Raises ValueError if no clip of it can be read, or if no tag can be scored.
     """
@@ -976,18 +995,14 @@ def split_rows(task, features, split, rows, per_segment=False):
     if not per_segment:
         x, clip_index = mean_rows(x, clip_index, len(numbers)), torch.arange(len(numbers))
 
-    clips = [task.clips[i] for i in numbers]
-    units = [clip.group if task.per_group else i for i, clip in zip(numbers, clips)]  # that are scored
-    label_of = {unit: features.labels[i] for unit, i in zip(units, numbers)}
-    group_of = {unit: clip.group for unit, clip in zip(units, clips)}
-    targets = torch.tensor(list(label_of.values()))
+    units = [task.clips[i].group if task.per_group else i for i in numbers]  # what is scored: songs or clips
+    _, first, unit = np.unique(units, return_index=True, return_inverse=True)
+    scored = [numbers[place] for place in first]  # one clip of each unit
+    targets = torch.tensor([features.labels[i] for i in scored])
     if task.kind == "tags" and split != "train" and (targets == targets[0]).all():
         raise ValueError(f"{task.name}: no tag is on some {split} clips and not on others, nothing to score")
-    unit_number = {unit: n for n, unit in enumerate(label_of)}
-    target_of_clip = torch.tensor([unit_number[unit] for unit in units])
-    group_number = {group: n for n, group in enumerate(dict.fromkeys(group_of.values()))}
-    groups = torch.tensor([group_number[group] for group in group_of.values()])
-    return Split(x, targets, target_of_clip[clip_index], groups)
+    _, groups = np.unique([task.clips[i].group for i in scored], return_inverse=True)
+    return Split(x, targets, torch.from_numpy(unit)[clip_index], torch.from_numpy(groups))
 
 
 def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cpu", progress=None):
@@ -1000,7 +1015,7 @@ def fit_probes(task, features, rows, grid, per_segment=False, seed=0, device="cp
 
 
 def fit_all(task, jobs, per_segment=False, seed=0, device="cpu"):
-    """`fit_probes` for jobs {name: (features, rows, grid)}: {name: (probes, best)}.
+    """`fit_probes` for jobs {name: (features, rows (n, F), list of Configuration)}: {name: (probes, best)}.
 
     On a CPU each core works on a job of its own, because small matrix products gain little from several
     cores. The jobs start in their order: put the longest first.
@@ -1052,19 +1067,19 @@ def probe_task(task, features, grid, per_segment=False, seed=0, device="cpu"):
     """
     rows = dict(features.rows)
     if len(rows) == 2:
-        rows["concatenated"] = torch.cat(list(rows.values()), dim=1)
+        rows["concatenated"] = features.concatenated()
     jobs = {name: (features, x, grid) for name, x in rows.items()}
     fitted = fit_all(task, jobs, per_segment, seed, device)
     name = max(fitted, key=lambda name: fitted[name][1].valid)
     winner = fitted[name][1]
-    grid = {}
+    scores_of_grid = {}
     for part, (probes, _) in fitted.items():
-        grid[part] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
+        scores_of_grid[part] = [[*probe.configuration, probe.valid, probe.step] for probe in probes]
     return score_test(task, features, rows[name], winner, per_segment, device) | {
         "representation": name,
         "valid": {name: best.valid for name, (_, best) in fitted.items()},
         "winner": winner.configuration._asdict(),
-        "grid": grid,
+        "grid": scores_of_grid,
     }
 
 
@@ -1075,13 +1090,17 @@ def score_test(task, features, rows, probe, per_segment=False, device="cpu"):
 
 
 def test_results(task, test, outputs):
-    """Scores of outputs (..., m, C) for the test `Split`, means over the leading axes, as a plain dict."""
+    """Scores of outputs (..., m, C) for the test `Split`, means over the leading axes V, as a plain dict.
+
+    Keys: metric (the primary one), score (its value), interval (low, high), interval_over (what was
+    resampled), test {metric: score}, draws (the score of each of V).
+    """
     scores = evaluate(task.kind, test.targets, outputs)
     metric, draws = next(iter(scores.items()))
     if task.kind == "regression" and len(task.names) > 1:
         each = r2(test.targets, outputs, average=False).unbind(dim=-1)
         scores |= {f"r2 {name}": score for name, score in zip(task.names, each)}
-    unit = "songs" if task.name in DATASETS else "groups"  # of a table, groups may be anything
+    unit = "songs" if task.name in DATASETS else "groups"  # in a user's table a group need not be a song
     if not task.per_group and test.groups.max() + 1 == len(test.groups):
         unit = "clips"
     return {
@@ -1108,11 +1127,11 @@ class Classifier(nn.Module):
     The means over the tokens of a hybrid model's two patch shapes are concatenated, as in `embed`.
     """
 
-    def __init__(self, encoder, outputs, bf16=False):
+    def __init__(self, encoder, n_outputs, bf16=False):
         super().__init__()
         self.encoder, self.bf16 = encoder, bf16
         width = SIZES[encoder.config.size][0] * len(encoder.patches)
-        layers = nn.Linear(width, width), nn.Dropout(0.5), nn.ReLU(), nn.Linear(width, outputs)
+        layers = nn.Linear(width, width), nn.Dropout(0.5), nn.ReLU(), nn.Linear(width, n_outputs)
         self.head = nn.Sequential(*layers)
 
     def forward(self, mel):
@@ -1135,11 +1154,10 @@ def load_mel(task, workers=None):
     Raises ValueError if no clip can be read.
     """
     clip_index, labels, skipped = [], [], []
-    read = _describe_task(task, [mel_segments], None, workers, "decoding", labels, skipped)
     with tempfile.TemporaryFile() as file:
-        for number, arrays in read:
-            clip_index += [number] * arrays[mel_segments].shape[1]
-            file.write(arrays[mel_segments].numpy().tobytes())
+        for number, (segments,) in _describe_task(task, [mel_segments], labels, skipped, workers=workers):
+            clip_index += [number] * segments.shape[1]
+            file.write(segments.numpy().tobytes())
         mel = np.memmap(file, np.float16, "r+", shape=(len(clip_index), data.N_MELS, data.FRAMES))
     return Features({"mel": torch.from_numpy(mel)}, torch.tensor(clip_index), labels, skipped)
 
@@ -1149,7 +1167,8 @@ def adapt_task(
 ):
     """Adapt a copy of a model to a task. Returns the results as a plain dict, and the trained Classifier.
 
-    `features` is what `load_mel` returns; `method` and `size` are those of `adapt` in model.py. The weights
+    `features` is what `load_mel` returns; `method` and `size` (rank, width or number of tokens) are those of
+    `adapt` in model.py. The weights
     with the best score on the validation split, and no others, are scored on the test split. The output for
     a clip is the mean over its segments. `lr` is 1e-4 if not given, 1e-5 for "full".
     """
@@ -1183,7 +1202,7 @@ def fit_classifier(task, features, network, lr, steps, seed):
     """Train what is not frozen, and keep the weights of the best check. Returns [[step, loss, valid score]].
 
     Adam; gradients are clipped to norm 1; the rate falls from `lr` to 1e-7 on a cosine. A step takes a random
-    segment of each of 16 random clips. Raises ValueError if the loss is not finite.
+    segment of each of 16 random clips. Raises ValueError if the loss at a check is not finite.
     """
     mel, every_row = features.rows["mel"], torch.arange(len(features.clip_index))
     train, valid = (split_rows(task, features, split, every_row, True) for split in ("train", "valid"))
@@ -1243,7 +1262,7 @@ def label_subsets(task, labels, fractions, repeat=4, seed=0):
     for i, (clip, label) in enumerate(zip(task.clips, labels)):
         if clip.split == "train" and label is not None:
             members.setdefault(clip.group, []).append(i)
-    groups, subsets = list(members), {fraction: [] for fraction in fractions}
+    groups, subsets = list(members), {fraction: [] for fraction in fractions}  # from 0 to 1
     for draw in range(repeat):
         order = [groups[i] for i in np.random.default_rng([seed, draw]).permutation(len(groups))]
         group_of_class = {}  # the first in the order
@@ -1253,7 +1272,7 @@ def label_subsets(task, labels, fractions, repeat=4, seed=0):
                     group_of_class.setdefault(labels[i], group)
         needed = set(group_of_class.values())
         order.sort(key=lambda group: group not in needed)  # the order is otherwise kept
-        for fraction in fractions:
+        for fraction in subsets:
             count = max(1, len(needed), round(fraction * len(groups)))
             subsets[fraction].append({i for group in order[:count] for i in members[group]})
     return subsets
@@ -1291,45 +1310,47 @@ class Encoder(NamedTuple):
 
     name: str
     encoder: Myna | str  # as `embed_task` takes it
-    key: str  # tells it from all others of its name
+    key: str  # identifies the weights
     folder: Path
 
 
 def open_encoder(name, args):
-    """The Encoder "checkpoint", "random", "mfcc" or "chroma". Prints a line about a model.
-
-    Random weights have the settings of the checkpoint where --size and --patch do not say otherwise.
-    """
+    """The Encoder "checkpoint", "random", "mfcc" or "chroma". Prints a line about a model."""
     if name in HAND_MADE:
-        return Encoder(name, name, "1", BASELINES)
+        return Encoder(name, name, "1", BASELINES)  # the key: another number when the feature changes
     given = None if args.checkpoint == "random" else args.checkpoint
     newest = max(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime, default=None)
     path = Path(given) if given else newest
+    if name == "random":
+        return _random_encoder(path, args)
+    if path is None:
+        advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
+        raise ValueError(f"there is no checkpoint under runs/: {advice}")
     try:
-        model = path and load_model(path, args.patch if given or name == "checkpoint" else None)
+        model = load_model(path, args.patch)
     except ValueError as error:
         hint = "" if given else ". It is the newest under runs/; --checkpoint names another one"
         raise ValueError(f"{error}{hint}") from error
+    step = read_checkpoint(path).get("step", "unknown")
+    print(f"checkpoint {path}: {model.config.size}, {model.config.patch}, step {step}")
+    folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
+    return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
 
-    if name == "checkpoint":
-        if model is None:
-            advice = "`python train.py --demo` makes one, --checkpoint names one elsewhere"
-            raise ValueError(f"there is no checkpoint under runs/: {advice}")
-        step = read_checkpoint(path).get("step", "unknown")
-        print(f"checkpoint {path}: {model.config.size}, {model.config.patch}, step {step}")
-        folder = path.parent if path.name == "checkpoint.pt" else Path("runs") / path.stem
-        return Encoder(model.config.patch, model, hashlib.sha1(path.read_bytes()).hexdigest(), folder)
-    config = model.config if model else Config("tiny", "hybrid")
+
+def _random_encoder(path, args):
+    """Random weights, with the settings of a checkpoint where --size and --patch do not say otherwise."""
+    settings = read_checkpoint(path).get("config", {}) if path else {"size": "tiny"}
+    config = Config(**settings)
     size = getattr(args, "size", None) or config.size
     config = replace(config, size=size, patch=args.patch or config.patch)
     name = f"random-{config.size}-{config.patch}{'-log' if config.log_mel else ''}"
-    print(f"random weights: {name}" + (f", settings of {path} where not given" if model else ""))
+    print(f"random weights: {name}" + (f", settings of {path} where not given" if path else ""))
     torch.manual_seed(args.seed)
     return Encoder(name, Myna(config).eval(), f"{config}, seed {args.seed}", BASELINES)
 
 
 def embed_once(task, encoder, args):
-    """`embed_task` for an Encoder. The features are kept in a file, with a hash of what decides them."""
+    """`embed_task` for an Encoder. The Features are kept in its folder, with a hash of what decides them."""
     clips = [[str(clip.path), clip.offset, clip.duration, str(clip.label)] for clip in task.clips]
     files = [clip.path.stat() for clip in task.clips if isinstance(clip.path, Path)]
     clips += [[file.st_mtime_ns, file.st_size] for file in files]
@@ -1344,7 +1365,7 @@ def embed_once(task, encoder, args):
         if kept.pop("key") == key:
             print(f"features from {path}")
             return Features(**kept)
-    except (ValueError, KeyError):  # not there, or damaged
+    except (ValueError, KeyError, TypeError):  # not there, damaged, or of another version
         pass
     features = embed_task(task, encoder.encoder, None, args.device, args.workers)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1360,19 +1381,19 @@ def embed_files(args, model):
         if not source.exists():
             raise ValueError(f"{source}: there is no such file or folder")
         paths += [source / name for name in audio_files(source)] if source.is_dir() else [source]
-    if not paths or out.is_dir():
-        problem = f"--out {out} is a folder" if paths else f"no audio files in {', '.join(args.embed)}"
-        raise ValueError(problem)
+    if not paths:
+        raise ValueError(f"no audio files in {', '.join(args.embed)}")
+    if out.is_dir():
+        raise ValueError(f"--out {out} is a folder")
     clips = [Clip(path, 0.0, None, 0, "", "") for path in paths]
     features = embed_task(Task("files", "classes", (), clips), model, None, args.device, args.workers)
-    vectors, index = torch.cat(list(features.rows.values()), dim=1), features.clip_index
-    used, counts = index.unique_consecutive(return_counts=True)
+    vectors, index, columns = features.concatenated(), features.clip_index, {}
+    used, place, counts = index.unique_consecutive(return_inverse=True, return_counts=True)
     if args.per_segment:
         number = torch.cat([torch.arange(count) for count in counts.tolist()])  # of a segment in its file
         columns = {"seconds": (number * data.FRAMES * data.HOP / SAMPLE_RATE).numpy()}
     else:
-        vectors = torch.stack([rows.mean(dim=0) for rows in vectors.split(counts.tolist())])
-        index, columns = used, {}
+        vectors, index = mean_rows(vectors, place, len(used)), used
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{out}.part", "wb") as file:
         np.savez(file, vectors=vectors.numpy(), paths=np.array([str(paths[i]) for i in index]), **columns)
@@ -1391,7 +1412,9 @@ def print_counts(task):
         published = f"   published {task.published[split]:6,}" if task.published else ""
         print(f"  {split:<6}{counts[split]:7,} clips{published}")
     missing = ": " + ", ".join(task.missing[:5]) if task.missing else ""
-    print(f"  {len(task.missing):,} files that the labels name are missing{missing}\n  {task.note}")
+    print(f"  {len(task.missing):,} listed files are missing{missing}")
+    if task.note:
+        print(f"  {task.note}")
 
 
 def print_results(results):
@@ -1486,6 +1509,8 @@ def run_command(parser, work, unused_options):
                     raise ValueError(f"--{name.replace('_', '-')} has no effect {mode}: leave it out")
         args.task = args.task or "synth-key"
         args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if args.seed < 0:
+            raise ValueError(f"--seed {args.seed}: it must not be negative")
         for name in ("lr", "steps", "repeat", "workers", "rank"):
             value = getattr(args, name, None)
             if value is not None and not 0 < value < math.inf:
@@ -1504,17 +1529,22 @@ def run_command(parser, work, unused_options):
         os._exit(130)  # without waiting for what workers are in the middle of
 
 
-def probe(args):
-    """What the command line asks for."""
+def run_probe(args):
+    """Run the mode that the options choose."""
     task = None if args.embed else load_task(args.task, args.data, args.kind)
     if args.check:
         return print_counts(task)
     for share in args.labels or ():
         if not 0 < share <= 1:
             raise ValueError(f"--labels {share}: a share of the labels is above 0 and at most 1")
-    encoder = open_encoder("random" if args.checkpoint == "random" else args.features or "checkpoint", args)
+    name = args.features or "checkpoint"
+    encoder = open_encoder("random" if args.checkpoint == "random" else name, args)
     if args.embed:
         return embed_files(args, encoder.encoder)
+
+    for split in SPLITS:
+        if all(clip.split != split for clip in task.clips):
+            raise ValueError(f"{task.name}: no sound of the {split} split is there; --check counts the files")
 
     if args.adapt:
         adapt(copy.deepcopy(encoder.encoder), args.adapt, args.rank)  # raises before any work
@@ -1524,7 +1554,7 @@ def probe(args):
         features = embed_once(task, encoder, args)
     quick = args.grid == "quick" or (args.grid is None and task.name in SYNTH)
 
-    def train(task, seed):
+    def train_once(task, seed):
         if not args.adapt:
             grid = QUICK_GRID if quick else GRID
             return probe_task(task, features, grid, args.per_segment, seed, args.device), None
@@ -1533,10 +1563,10 @@ def probe(args):
 
     network = None
     if args.labels:
-        table = few_labels(task, features.labels, args.labels, train, args.repeat or 4, args.seed)
+        table = few_labels(task, features.labels, args.labels, train_once, args.repeat or 4, args.seed)
         results = {"metric": primary_metric(task.kind), "method": args.adapt, "labels": table}
     else:
-        results, network = train(task, args.seed)
+        results, network = train_once(task, args.seed)
     pairs = zip(task.clips, features.labels)
     counts = Counter(clip.split for clip, label in pairs if label is not None)
     results |= {"task": task.name, "clips": {split: counts[split] for split in SPLITS}, "seed": args.seed}
@@ -1544,7 +1574,8 @@ def probe(args):
     results |= {"missing": task.missing, "skipped": features.skipped}
     (print_few_labels if args.labels else print_results)(results)
     kind, more = ("adapted", [args.adapt]) if args.adapt else ("probe", [])
-    more += [encoder.name] if not args.adapt or encoder.folder == BASELINES else []
+    if not args.adapt or encoder.folder == BASELINES:
+        more = [*more, encoder.name]
     options = "labels repeat kind grid per_segment lr steps rank precision seed"
     path = save_results(results, encoder.folder, kind, task, more, args, options)
     if network:
@@ -1554,9 +1585,10 @@ def probe(args):
 
 
 def save_results(results, folder, kind, task, more, args, options):
-    """Print what makes the results incomplete, and write them as JSON. Returns the file's path.
+    """Print what is missing or skipped, and write the results as JSON. Returns the file's path.
 
-    Its name has every one of `options` that is set, and a hash of where the task is unless that is usual.
+    Its name contains every one of `options` that is set, and a hash of the task's folder if --data is given
+    or a table is in another folder.
     """
     missing, skipped = results["missing"], [reason for _, reason in results["skipped"]]
     if missing or skipped:
@@ -1575,7 +1607,7 @@ def save_results(results, folder, kind, task, more, args, options):
             parts.append("-".join([option, *map(str, values)]))
     path = folder / ("_".join(parts) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".part").write_text(json.dumps(results))  # beside it, and renamed
+    path.with_suffix(".part").write_text(json.dumps(results))  # renamed: a killed run leaves no half file
     os.replace(path.with_suffix(".part"), path)
     print(f"  {path}")
     return path
@@ -1583,7 +1615,7 @@ def save_results(results, folder, kind, task, more, args, options):
 
 def main():
     """The command line."""
-    run_command(command_line(), probe, unused_options)
+    run_command(command_line(), run_probe, unused_options)
 
 
 if __name__ == "__main__":

@@ -622,7 +622,7 @@ def test_mel_is_that_of_each_clip(labelled, monkeypatch):
         assert features.labels[i] == task.clips[i].label
     assert (features.clip_index == 0).sum() == 1 and (features.clip_index == 1).sum() == 2
     task.clips = task.clips[-1:]
-    with pytest.raises(ValueError, match="no clip could be read; the first: .*bad.wav"):
+    with pytest.raises(ValueError, match="no clip could be read, the first: .*bad.wav"):
         load_mel(task, workers=1)
 
 

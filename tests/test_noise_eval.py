@@ -232,7 +232,7 @@ def test_command_line(labelled, monkeypatch, capfd):
     assert path in said.out and "no noise was added: 4" in said.out
     results = json.loads((labelled / path).read_text())
     assert "1 files missing, 1 clips unreadable" in said.out and "  gone.wav" in said.out
-    assert "bad.wav: not sound" in said.out
+    assert "bad.wav: damaged" in said.out
     assert results["missing"] == ["gone.wav"] and results["seed"] == 0
     names = {"hybrid", "random-tiny-hybrid"}
     assert results["snrs"] == [5, -5] and set(results["keys"]) == names
