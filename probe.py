@@ -520,7 +520,7 @@ def _own_table(path, folder, kind):
     for (where, _), clip in zip(rows, clips):
         other = split_of.setdefault(clip.group, clip.split)
         if clip.split != other:
-            raise ValueError(f"{where}: {clip.split}, but its file or group is also in {other}: {clip.group!r}")
+            raise ValueError(f"{where}: {clip.split}, but its group is also in {other}: {clip.group!r}")
     if clips[0].split is None:
         split_of = _ranked_splits(split_of)
     for split in SPLITS:

@@ -916,7 +916,7 @@ def test_csv_one_file_written_in_many_ways(table, tmp_path):
     split = ["clips/0.wav,a,train", "clips/1.wav,b,valid", "clips/2.wav,b,test"]
     for way in ("./clips/0.wav", "clips/../clips/0.wav", f"{tmp_path}/clips/0.wav", "link/0.wav"):
         assert len(load_task(table("path,label,split", *split, f"{way},a,train")).clips) == 4
-        with pytest.raises(ValueError, match="line 5: test, but its file or group is also in train: 'clips/0.wav'"):
+        with pytest.raises(ValueError, match="line 5: test, but its group is also in train: 'clips/0.wav'"):
             load_task(table("path,label,split", *split, f"{way},a,test"))
     parts = [f"{line},song {i}" for i, line in enumerate(split)] + ["./clips/0.wav,a,test,song 3"]
     assert [clip.split for clip in load_task(table("path,label,split,group", *parts)).clips][3] == "test"
