@@ -31,7 +31,7 @@ SIZES = {  # width D, depth, heads, width of the feed-forward layer
     "vit-s": (384, 12, 6, 1536),  # the paper's (section 3.4): 22 M
     "vit-b": (768, 12, 12, 3072),  # of a later version of the paper: 85 M
 }
-BLOCK = 2**28  # similarities held in memory at once: all of them for up to 8,192 pairs, 1 GB
+BLOCK = 2**28  # similarities in one block: all of them for up to 8,192 pairs, 1 GB and copies of it
 
 # --- Patches and masking -----------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class Myna(nn.Module):
             rows = torch.arange(len(kept), device=kept.device)[:, None]
             patches = patches[rows, kept]  # (B, K, P)
             position = position[kept]  # (B, K, D)
-        patches = patches.float()  # a corpus is float16, in which the squares inside LayerNorm overflow
+        patches = patches.float()  # a corpus is float16, the weights are float32
         if self.config.log_mel:
             patches = patches.log1p()
         return self.to_patch_embedding[patch](patches) + position  # (B, K, D)
@@ -204,10 +204,10 @@ def info_nce(z1, z2, temperature=0.1, decoupled=False, anchors=None):
 
         loss(a) = -log( exp s(a, a') / sum over b of exp s(a, b) )
 
-    b is every view but a (NT-Xent of SimCLR; chance level: ln(2B - 1)). With `decoupled`, as section 3.1 has
-    it, b is every view of the other clips (ln(2B - 2)); the printed sum has anchors of view 1 only. The
-    authors' code trains with SogCLR, a moving-average variant. `anchors` selects some of the 2B views.
-    Raises ValueError for a single pair.
+    The sum is over every view b but a: NT-Xent of SimCLR, the default. Chance level: ln(2B - 1).
+    decoupled: the sum excludes a', too, as printed in section 3.1. Chance level: ln(2B - 2).
+    Both views are anchors; as printed, only view 1 is. The authors' code trains with SogCLR, a moving-average
+    variant. `anchors` selects some of the 2B views. Raises ValueError for a single pair.
     """
     if len(z1) < 2:
         raise ValueError("the contrastive loss needs two pairs: with one there are no negatives")
@@ -312,6 +312,8 @@ def _from_released(weights, patch):
     """The authors' state dict in the form that `save_model` writes."""
     width = len(weights.get("transformer.norm.weight", ""))
     size = next((size for size in SIZES if SIZES[size][0] == width), None)
+    if size is None:
+        raise ValueError("it is neither a checkpoint of train.py nor a released model")
     if "to_patch_embedding_b.1.weight" in weights:
         patch = "hybrid"
     shapes = PATCHES if patch == "hybrid" else [patch]
@@ -325,9 +327,11 @@ def _from_released(weights, patch):
 
 # --- Other objectives: python train.py --objective NAME ----------------------------------------------------
 # Two views (contrast, byol, clustering, barlow, vicreg): both see 5 of 48 patches. Formulas and widths are
-# those of arXiv 2404.09177, with D for its 1024 and LayerNorm for its BatchNorm, which mixes segments.
+# those of arXiv 2404.09177, with D for its 1024. Its heads have BatchNorm, which mixes the segments of a
+# batch; these have LayerNorm.
 # Hidden patches (mae, data2vec, hubert): a light decoder predicts something at the patches that the encoder
-# does not see, as in MAE and data2vec 2.0. (In arXiv 2307.05161 the encoder does, from mask embeddings.)
+# does not see, as in MAE and data2vec 2.0. music2vec and musicHuBERT (arXiv 2307.05161) have no decoder:
+# their encoder sees a mask embedding in the place of each hidden patch.
 # R is the number of segments in one call, B that of pairs in the batch, K that of kept patches.
 
 
@@ -437,8 +441,8 @@ class Clustering(TeacherObjective):
         student, teacher = outputs.float().unbind(dim=2)  # (2, B, 4 D) each
         teacher = teacher.detach().flip(0)  # of the other view
         self.means.append(teacher.mean(dim=(0, 1)))
-        tau = 0.02 + 0.02 * min(1, 10 * progress)  # small: a uniform target would be a collapse
-        target = ((teacher - self.centre) / tau).softmax(dim=-1)  # centred: one cluster for all, too
+        tau = 0.02 + 0.02 * min(1, 10 * progress)  # small, against a collapse to uniform targets
+        target = ((teacher - self.centre) / tau).softmax(dim=-1)  # the centre: against one cluster for all
         return -(target * (student / 0.1).log_softmax(dim=-1)).sum(dim=-1).mean()
 
     def update(self, progress):
@@ -456,7 +460,7 @@ class Barlow(Objective):
     """Barlow Twins (Zbontar et al. 2021): each dimension equal in both views, uncorrelated with others.
 
         C = a^T b / B, with the vectors a and b of both views, each dimension standardised over the batch
-        loss = mean over the diagonal of (1 - C)^2 + mean of C^2 outside the diagonal (not sums, as there)
+        loss = mean over the diagonal of (1 - C)^2 + mean of C^2 outside the diagonal (there: sums)
     """
 
     def __init__(self, model, settings):
@@ -626,11 +630,11 @@ OBJECTIVES |= {"vicreg": Vicreg, "mae": MaskedAutoencoder, "data2vec": Data2vec,
 
 
 # --- Adaptation: python probe.py --adapt METHOD ------------------------------------------------------------
-# Trained are some parameters, or new modules around others. Methods and settings: arXiv 2411.19371.
+# Each method trains some parameters, or new modules around others. Methods and settings: arXiv 2411.19371.
 
 
 class Lora(nn.Module):
-    """LoRA (Hu et al. 2022): a change of low rank to a linear layer, W x + b + B A x. B is zero at first."""
+    """LoRA (Hu et al. 2022): a change of low rank to a linear layer, W x + b + B A x. B starts at zero."""
 
     def __init__(self, linear, rank):
         super().__init__()
@@ -646,7 +650,7 @@ class Lora(nn.Module):
 class Ssf(nn.Module):
     """SSF (Lian et al. 2022): scale and shift each output of a linear layer, gamma (W x + b) + beta."""
 
-    def __init__(self, linear, size):
+    def __init__(self, linear, size):  # it has no size
         super().__init__()
         self.linear = linear
         self.gamma = nn.Parameter(1 + 0.02 * torch.randn(linear.out_features))
@@ -741,7 +745,7 @@ def adapt(model, method, size=None):
 
 @torch.no_grad()
 def merge(model):
-    """Compute LoRA or SSF into the weights and biases of the linear layers, in place: equal vectors."""
+    """Fold LoRA or SSF into the linear layers, in place. The vectors stay the same, up to rounding."""
     for name, module in list(model.named_modules()):
         if isinstance(module, (Lora, Ssf)):
             identity = torch.eye(module.linear.in_features).to(module.linear.weight)

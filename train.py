@@ -37,11 +37,13 @@ from model import keep_tokens, read_checkpoint, retrieval_accuracy, save_model, 
 
 RANK = int(os.environ.get("RANK", 0))  # index of this process (torchrun sets it)
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # number of processes
-STOP = []  # the signals received: the loop of `train` reads this list
+LOOP = []  # not empty: the loop of `train` has begun
+STOP = []  # the signals received since then, which the loop reads
 
 # --- Settings ----------------------------------------------------------------------------------------------
 
 DEMO = {"size": "tiny", "batch": 256, "steps": 600, "lr": 1e-3, "out": "runs/demo"}
+# These may differ when a run is resumed: they do not change the result, or are stored as steps.
 NOT_STORED = ("demo", "epochs", "out", "resume", "save_minutes", "device", "compile", "chunk")
 SMALLEST_SPREAD = 0.05  # standard deviation of the vectors, below which a collapse is reported
 
@@ -93,7 +95,8 @@ def read_settings(argv):
         parser.set_defaults(**checkpoint["settings"])
         args = parser.parse_args(argv)
         for name, value in checkpoint["settings"].items():
-            if name not in ("steps", "data") and getattr(args, name) != value:  # longer; a moved corpus
+            may_change = name in ("steps", "data")  # a longer run; a corpus that was moved
+            if not may_change and getattr(args, name) != value:
                 raise ValueError(f"{out} continues with its own settings: its {name} is {value}")
     elif out.exists() and not args.resume:
         raise ValueError(f"{out} exists: continue that run with --resume, or name another folder with --out")
@@ -128,6 +131,8 @@ def choose_device(args):
     gpu = name.startswith("cuda")
     args.compile = gpu if args.compile is None else args.compile
     try:
+        if gpu:
+            torch.cuda.set_device(name)
         trial = torch.ones(8, device=name)
         if args.compile:
             torch.compile(torch.nn.GELU())(trial)
@@ -137,8 +142,6 @@ def choose_device(args):
 
     args.chunk = args.chunk or (args.batch if gpu else 256)
     args.precision = args.precision or ("bf16" if gpu and torch.cuda.is_bf16_supported(False) else "float32")
-    if gpu:
-        torch.cuda.set_device(trial.device)
     if WORLD > 1 and not dist.is_initialized():
         a_day = datetime.timedelta(days=1)  # the others wait while process 0 builds a corpus
         backend, gpu_of_process = ("nccl", trial.device) if gpu else ("gloo", None)
@@ -174,8 +177,10 @@ def choose_clips(corpus, args):
     if args.minutes is not None:
         seconds = (corpus.frames.cpu()[order] - 1) * HOP / SAMPLE_RATE  # n frames span n - 1 hops
         order = order[seconds.cumsum(0) / 60 <= args.minutes]
+        if len(order) < max(2, WORLD):
+            raise ValueError(f"--minutes {args.minutes:g} leaves {len(order)} clips: use more minutes")
         args.batch = min(args.batch, len(order) // WORLD * WORLD)
-    if len(order) < max(2, args.batch):
+    if len(order) < args.batch:
         raise ValueError(f"--batch {args.batch}, but there are {len(order)} clips: use a smaller --batch")
     return order.to(corpus.mel.device)
 
@@ -331,8 +336,8 @@ def start_log(out, settings, checkpoint):
 
 
 def stop_soon(number, frame):
-    """Handle SIGINT and SIGTERM: the loop finishes the step, saves and ends. A second one ends it at once."""
-    if STOP:
+    """Handle SIGINT and SIGTERM: the loop finishes its step, saves and ends. Before it or twice: at once."""
+    if STOP or not LOOP:
         raise KeyboardInterrupt
     STOP.append(number)
     print("\nStopping soon (--resume continues); press Ctrl-C again to stop at once.", file=sys.stderr)
@@ -351,14 +356,19 @@ def train(args, checkpoint=None):
         objective.compile()
 
     per_epoch = len(clips) // args.batch
-    args.steps = args.epochs * per_epoch if args.epochs else (args.steps or 500 * per_epoch)
+    if args.epochs:
+        args.steps = args.epochs * per_epoch
+    args.steps = args.steps or 500 * per_epoch  # section 3.6
     done = checkpoint["step"] if checkpoint else 0
+    if done >= args.steps:
+        raise ValueError(f"{args.out} has {done} steps already, and --steps is {args.steps}")
     planned = checkpoint["settings"]["planned_steps"] if checkpoint else args.steps  # the length of schedules
     settings |= {"steps": args.steps, "planned_steps": planned}
     header = {**settings, "clips": len(clips), "device": str(device)}
     log_path = start_log(args.out, header, checkpoint) if RANK == 0 else os.devnull
     tqdm.write(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} an epoch, {device}")
 
+    LOOP.append(True)
     logged = saved = time.monotonic()
     options = {"total": args.steps, "initial": done, "unit": "step", "disable": RANK > 0}
     bar = tqdm(batches(corpus, clips, done, args, device), **options)
@@ -397,7 +407,8 @@ def summarise(args, log_path):
     log = [json.loads(line) for line in log_path.read_text().splitlines()[1:]]
     mean = lambda name: np.mean([line[name] for line in log[-20:]])
     others = 2 * args.batch - 1
-    print(f"loss       {log[0]['loss']:.2f} at the start, {mean('loss'):.2f} after {log[-1]['step']:,} steps")
+    print(f"steps      {log[-1]['step']:,} of {args.steps:,}; figures are means of the last {len(log[-20:])}")
+    print(f"loss       {log[0]['loss']:.2f} at the start, {mean('loss'):.2f} at the end")
     if args.objective == "contrast":
         print(f"           chance level: {math.log(others - args.decoupled):.2f}")
     if mean("std") < SMALLEST_SPREAD:

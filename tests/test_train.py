@@ -346,7 +346,7 @@ def test_full_memory_is_a_sentence_that_names_chunk(error, monkeypatch, capfd):
         (["--data", "corpora/small", "--batch", 41], "there are 40 clips: use a smaller --batch"),
         (["--data", "corpora/small", "--out", "runs/whole"], "continue that run with --resume"),
         (["--data", "corpora/small", "--out", "runs/whole", "--resume", "--lr", 0.5], "its lr is 0.001"),
-        (["--data", "corpora/small", "--minutes", 0.1], "there are 0 clips"),
+        (["--data", "corpora/small", "--minutes", 0.1], "leaves 0 clips: use more minutes"),
         (["--data", "corpora/small", "--mask", 1], "mask ratio"),
         (["--data", "corpora/small", "--steps", 0], "above zero"),
         (["--data", "corpora/small", "--chunk", 0], "above zero"),
