@@ -387,8 +387,8 @@ MISTAKES = {
     "this is not a checkpoint": (b"hello", None),
     "or one that is cut short": (bytes_of(released(True))[:-1000], None),
     "file.pt: this is not": (bytes_of([1, 2]), None),
-    "size None: it must be one of tiny, vit-s, vit-b": (bytes_of({"a": torch.ones(3)}), None),
-    "size None: it must be": (bytes_of(released(False, dim=100)), "square"),
+    "it is neither a checkpoint of train.py nor a released model": (bytes_of({"a": torch.ones(3)}), None),
+    "it is neither a checkpoint of train.py": (bytes_of(released(False, dim=100)), "square"),
     "patch None: it must be one of square, vertical, hybrid (--patch)": (bytes_of(released(False)), None),
     "transformer.layers.3.0.to_qkv.weight is missing": (bytes_of(ONE_SHORT), None),
     "size mismatch for to_patch_embedding.square.1.weight": (
