@@ -214,7 +214,7 @@ def _start_worker(function):
     return process, connection
 
 
-def in_workers(function, jobs, workers=None, file_of=lambda clip, *_: clip.path):
+def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(first, "path", first)):
     """Yield function(*job) for each job, in order, computed ahead in worker processes (default: one a core).
 
     An exception in `function` is raised here. If a worker dies: ValueError, which names `file_of(*job)`.
