@@ -340,7 +340,8 @@ def stop_soon(number, frame):
     if STOP or not LOOP:
         raise KeyboardInterrupt
     STOP.append(number)
-    print("\nStopping soon (--resume continues); press Ctrl-C again to stop at once.", file=sys.stderr)
+    if RANK == 0:
+        print("\nStopping soon (--resume continues); press Ctrl-C again to stop at once.", file=sys.stderr)
 
 
 def train(args, checkpoint=None):
@@ -364,7 +365,9 @@ def train(args, checkpoint=None):
         raise ValueError(f"{args.out} has {done} steps already, and --steps is {args.steps}")
     planned = checkpoint["settings"]["planned_steps"] if checkpoint else args.steps  # the length of schedules
     settings |= {"steps": args.steps, "planned_steps": planned}
-    header = {**settings, "clips": len(clips), "device": str(device)}
+    if objective.scheduled and args.steps > planned:
+        tqdm.write(f"the schedules of {args.objective} stay those of a run of {planned:,} steps")
+    header = {**settings, "batch": args.batch, "clips": len(clips), "device": str(device)}
     log_path = start_log(args.out, header, checkpoint) if RANK == 0 else os.devnull
     tqdm.write(f"{args.out}: {args.steps:,} steps of {args.batch:,} pairs, {per_epoch:,} an epoch, {device}")
 

@@ -773,13 +773,15 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(folder, runs, name):
         assert all(line[key] == expected[key] for key in ("step", "loss", "std", "retrieval"))
 
 
-def test_a_longer_run_keeps_its_schedules(folder, runs):
+def test_a_longer_run_keeps_its_schedules_and_says_so(folder, runs, capfd):
     """Momentum and tau end where they were planned to end: BYOL's teacher stands still after step 6."""
     arguments = command(folder, "byol", "longer", patch="hybrid")
     train_here(arguments)
     first = checkpoint_of(folder, "longer")
     assert same(first["objective"], runs["byol"]["objective"])
+    assert "schedules" not in capfd.readouterr().out
     train_here([*arguments, "--resume", "--steps", "9"])
+    assert "the schedules of byol stay those of a run of 6 steps" in capfd.readouterr().out
     longer = checkpoint_of(folder, "longer")
     assert (longer["step"], longer["settings"]["planned_steps"], longer["settings"]["steps"]) == (9, 6, 9)
     assert [line["step"] for line in log_of(folder, "longer")] == list(range(1, 10))
