@@ -50,14 +50,14 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # libsndfile reads the formats in the first line; files in the other formats are listed as skipped.
 AUDIO_SUFFIXES = set(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .aifc .au .snd .caf".split())
 AUDIO_SUFFIXES |= set(".m4a .mp4 .aac .wma .webm .mka .ape .wv .mpc .dsf .ac3".split())
-BLOCK = 2**20  # samples a channel that are read at once
+BLOCK = 2**20  # samples per channel in one read
 
 
 def audio_files(folder):
     """Paths of the audio files below a folder, sorted, relative to it. Links are followed."""
     found, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        if os.path.realpath(root) in visited:  # a link to a folder above
+        if os.path.realpath(root) in visited:  # reached again by a link
             folders.clear()
             continue
         visited.add(os.path.realpath(root))
@@ -69,21 +69,21 @@ def audio_files(folder):
 
 def _read(sound, start, count):
     """`count` samples of an open sound from `start` on, fewer where it ends: (samples, channels) float32."""
-    lead = min(start, sound.samplerate // 4)  # decoded too, because an MP3 frame uses bits of those before it
+    lead = min(start, sound.samplerate // 4)  # decoded too, because an MP3 frame uses bits of earlier frames
     sound.seek(start - lead)
     blocks, missing = [], lead + count
     while missing > 0:  # in blocks, because the length that a damaged file claims may be terabytes
         blocks.append(sound.read(min(missing, BLOCK), dtype="float32", always_2d=True))
         missing -= len(blocks[-1])
-        if len(blocks[-1]) < BLOCK:  # the real end
+        if len(blocks[-1]) == 0:  # the real end
             break
     return np.concatenate(blocks)[lead:]
 
 
 def _clips(path, seconds, offset=0.0):
-    """Yield a sound file from `offset` on as clips of `seconds`: (offset, wave (samples,) at 16 kHz mono).
+    """Cut a sound file into clips of `seconds`: yield each clip's (start in seconds, wave at 16 kHz mono).
 
-    Only one clip is in memory. Raises ValueError, naming the file, at the first clip that cannot be read.
+    Raises ValueError, naming the file, when a clip cannot be decoded, or no sound follows `offset` seconds.
     """
     if not os.path.isfile(path):
         raise ValueError(f"{path}: there is no such file")
@@ -91,11 +91,11 @@ def _clips(path, seconds, offset=0.0):
         with soundfile.SoundFile(os.fsencode(path)) as sound:
             rate = sound.samplerate
             if not 1_000 <= rate <= 1_000_000:  # damaged: resampling would take all memory
-                raise ValueError
+                raise ValueError  # reported below
             common = math.gcd(rate, SAMPLE_RATE)
             start = first = round(offset * rate)
             while start < sound.frames:
-                block = _read(sound, start, round(min(seconds * rate, sound.frames)))
+                block = _read(sound, start, max(1, round(min(seconds * rate, sound.frames))))
                 if len(block) == 0:  # the real end of a damaged file
                     break
                 wave = resample_poly(block.mean(axis=1), SAMPLE_RATE // common, rate // common)
@@ -111,10 +111,10 @@ def load_audio(path, offset=0.0, duration=None):
     """Read a sound file, or only `duration` seconds of it from `offset` seconds on.
 
     Reads what libsndfile reads: WAV, FLAC, OGG, MP3, AIFF, AU, ... Returns (samples,) float32, mono, 16 kHz.
-    Raises ValueError, naming file and cause, when it cannot be read, is empty there, or is not finite.
+    Raises ValueError, naming file and cause: an impossible part, no sound there, damaged, or not finite.
     """
     if not (0 <= offset < math.inf and (duration is None or duration > 0)):
-        raise ValueError(f"{path}: offset {offset} s and duration {duration} s are not a part of a file")
+        raise ValueError(f"{path}: the offset must be at least 0 s, not {offset}, and the duration above 0")
     _, wave = next(_clips(path, duration or math.inf, offset))
     if not wave.isfinite().all():
         raise ValueError(f"{path}: holds samples that are not finite numbers")
@@ -187,20 +187,21 @@ def mel_segments(wave):
 
 
 def _exit_with_parent():
+    """In a thread of a worker: end it when its parent process has ended."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _work(function, connection):
-    """In a worker process: answer each job with (result, exception). It exits with its parent."""
+    """What a worker process does: answer each job with (result, exception), one of which is None."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libmpg123 writes to stderr
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing to stderr: libmpg123 does
     while True:
         try:
-            answer = function(*connection.recv()), None
+            answer = (function(*connection.recv()), None)
         except Exception as error:
-            answer = None, error
+            answer = (None, error)
         connection.send(answer)
 
 
@@ -215,19 +216,20 @@ def _start_worker(function):
 
 
 def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(first, "path", first)):
-    """Yield function(*job) for each job, in order, computed ahead in worker processes (default: one a core).
+    """Yield function(*job) for each job, in order, computed ahead in worker processes, by default CORES.
 
-    An exception in `function` is raised here. If a worker dies: ValueError, which names `file_of(*job)`.
+    Unlike ProcessPoolExecutor it knows which job a process died of: a thread per worker waits for its answer.
+    Raises what `function` raises, and ValueError, which names `file_of(*job)`, when a process dies.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # the only one that may do this; a process inherits it when it starts
+    if in_main_thread:  # workers inherit "ignore Ctrl-C"; only the main thread may set it
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     processes, idle = map(list, zip(*[_start_worker(function) for _ in range(workers or CORES)]))
     if in_main_thread:
         signal.signal(signal.SIGINT, handler)
 
     def run(job):  # in one of as many threads as there are workers
-        connection = idle.pop()
+        connection = idle.pop()  # to a worker without a job
         try:
             connection.send(job)
             result, error = connection.recv()
@@ -235,7 +237,7 @@ def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(f
             causes = "out of memory, or the file crashes its decoder: then move it elsewhere and start again"
             raise ValueError(f"{file_of(*job)}: the process that worked on it died ({causes})") from None
         idle.append(connection)
-        if error:
+        if error is not None:
             raise error
         return result
 
@@ -243,7 +245,7 @@ def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(f
     try:
         for job in jobs:
             waiting.append(threads.submit(run, job))
-            if len(waiting) == 4 * len(processes):
+            if len(waiting) == 4 * len(processes):  # so far ahead
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -259,9 +261,9 @@ def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(f
 #                  what was skipped [offset in s, kind, reason]; last line: the totals
 #   skipped.csv    the skipped clips and files as a table
 #
-# A shard is a group of source files. A worker writes its frames and its lines of the index under other names
-# and renames them, to shards-HASH/NUMBER.f16 and .jsonl; HASH depends on the settings. When all shards exist,
-# they are concatenated and removed. A build that is killed at any moment loses only its incomplete shards.
+# A shard is a group of source files. A worker writes its frames and its lines of the index under temporary
+# names, then renames them to shards-HASH/NUMBER.f16 and .jsonl; HASH depends on the settings. When all shards
+# exist, they are concatenated and removed. A build that is killed at any moment loses only incomplete shards.
 
 SHARD_FOLDERS = "shards-" + 40 * "[0-9a-f]"  # their names, as a pattern
 
@@ -273,7 +275,7 @@ def _embedded_clip(seed, number):
 
 def _write_file(name, read_clips, mel_file):
     """Write the frames of a file's clips, (T, 128) float16 each. Returns the file's entry in the index."""
-    clips, skipped, end = [], [], 0.0  # end: seconds that could be read
+    clips, skipped, end = [], [], 0.0  # end: of what could be read, in seconds
     try:
         for offset, wave in read_clips():
             end = offset + len(wave) / SAMPLE_RATE
@@ -288,17 +290,17 @@ def _write_file(name, read_clips, mel_file):
                 clips.append([offset, mel.shape[1]])
                 mel_file.write(mel.T.contiguous().numpy())
     except ValueError as error:  # the rest of the file cannot be read; the clips before it are good
-        skipped.append([end, "unreadable", str(error).split(f"{name}: ", 1)[-1]])
+        skipped.append([end, "unreadable", str(error).split(f"{name}: ", 1)[-1]])  # without the path
     return {"file": name, "clips": clips, "skipped": skipped}
 
 
 def _write_shard(shard, readers):
-    """In a worker: write a shard, unless it exists. Returns its number of files."""
+    """In a worker: write a shard, unless it exists. Returns the number of source files in it."""
     if not os.path.exists(f"{shard}.jsonl"):
         part = f"{shard}.{os.getpid()}"  # another process may build the same corpus
         with open(f"{part}.f16", "wb") as mel_file, open(f"{part}.jsonl", "w") as index:
             for name, read_clips in readers.items():
-                Path(f"{shard}.now").write_bytes(os.fsencode(name))  # to name it when this process dies
+                Path(f"{shard}.now").write_bytes(os.fsencode(name))  # see `_file_at_work`
                 index.write(json.dumps(_write_file(name, read_clips, mel_file)) + "\n")
         os.replace(f"{part}.f16", f"{shard}.f16")
         os.replace(f"{part}.jsonl", f"{shard}.jsonl")  # renamed last: its presence marks a complete shard
@@ -306,7 +308,7 @@ def _write_shard(shard, readers):
 
 
 def _file_at_work(shard, _):
-    """Name of the file that the worker of this shard was reading."""
+    """Name of the file that a worker was reading when it died, for a job of `_write_shard`."""
     now = Path(f"{shard}.now")
     return os.fsdecode(now.read_bytes()) if now.exists() else "before the first file"
 
@@ -334,12 +336,13 @@ def _join_shards(out, folder, shards, settings):
 
 
 def _build(out, settings, readers, workers):
-    """Build the corpus `out`, or only the shards that are missing. Returns the `Corpus`.
+    """Build the corpus `out`, continue an interrupted build, or open a finished one. Returns the `Corpus`.
 
-    `readers` {name of a file: function that yields its clips}. Raises ValueError when `out` is anything else.
+    `readers` {name of a source file: function without arguments that yields its clips as `_clips` does}.
+    Raises ValueError when `out` holds other files or was built with other settings, or without any clip.
     """
     out, settings = Path(out), {**settings, "front_end": [SAMPLE_RATE, N_FFT, HOP, N_MELS]}
-    finished, found = out / "index.jsonl", set(out.glob("[!.]*"))
+    finished, found = out / "index.jsonl", set(out.glob("[!.]*"))  # found: all but hidden files
     if not finished.exists():
         if shard_folders := {path for path in found if path.match(SHARD_FOLDERS)}:  # of an interrupted build
             found -= shard_folders | {out / "mel.f16", out / "skipped.csv"}
@@ -347,13 +350,13 @@ def _build(out, settings, readers, workers):
             raise ValueError(f"{out} exists and is not a corpus: choose another name")
         folder = out / f"shards-{hashlib.sha1(json.dumps(settings).encode()).hexdigest()}"
         files = list(readers.items())
-        size = max(1, min(32, len(files) // 64))  # 32 songs are about 1,000 clips; at least 64 shards
+        size = max(1, min(32, len(files) // 64))  # of a shard: 32 songs are about 1,000 clips, or fewer
         jobs = [(folder / str(i), dict(files[i : i + size])) for i in range(0, len(files), size)]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tqdm(desc=str(out), total=len(files), unit="file") as bar:
+            with tqdm(desc=str(out), total=len(files), unit="file") as progress:
                 for count in in_workers(_write_shard, jobs, workers, _file_at_work):
-                    bar.update(count)
+                    progress.update(count)
             _join_shards(out, folder, [shard for shard, _ in jobs], settings)
         except FileNotFoundError:  # another process has finished this corpus and removed the shards
             if not finished.exists():
@@ -370,12 +373,13 @@ def build_corpus(audio_dir, out, clip_seconds=10.0, workers=None):
     """Decode every audio file below `audio_dir` once into the corpus folder `out`. Returns the `Corpus`.
 
     Clips are at most `clip_seconds` long; 10 s are 313 frames. An interrupted build continues, a finished
-    corpus is only opened; any number of `workers` (processes; default: one a core) makes the same bytes.
+    corpus is only opened; any number of `workers` (processes; default: one per core) makes the same bytes.
     At the end, when the shards are joined, the corpus takes twice its disk space for a moment.
-    Raises ValueError when there is no audio, none of it can be read, or `out` was built from other files.
+    Raises ValueError when `clip_seconds` is below 3.04, there is no audio, none of it can be read, or `out`
+    was built with other `clip_seconds` or from files with other paths or sizes.
     """
     if not SEGMENT_SECONDS <= clip_seconds < math.inf:
-        raise ValueError(f"clips of {clip_seconds:g} s cannot hold a segment of {SEGMENT_SECONDS:.2f} s")
+        raise ValueError(f"clips of {clip_seconds:g} s: the shortest are {SEGMENT_SECONDS:.2f} s")
     folder = Path(audio_dir).resolve()
     names = audio_files(folder)
     if not names:
@@ -400,8 +404,8 @@ class Corpus:
     """A finished corpus, opened from its folder: `mel` (frames, 128) float16, and where each clip is in it.
 
     `mel` is a memory map until `.to(device)` loads it. Clip i is rows first[i] to first[i] + frames[i] - 1 of
-    it (long tensors); it was read from `files[file_of[i]]`, `offset[i]` seconds after its start.
-    Raises ValueError when the folder is not a finished corpus.
+    it (long tensors); it was read from `files[file_of[i]]`, `offset[i]` seconds after its start. len() counts
+    the clips. Raises ValueError when the folder is not a finished corpus.
     """
 
     def __init__(self, path):
@@ -421,7 +425,7 @@ class Corpus:
             if mel.size != N_MELS * self.frames.sum():
                 raise ValueError(f"mel.f16 has {mel.size / N_MELS} frames, the index {self.frames.sum()}")
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no usable corpus ({error}): delete it and build it again") from error
+            raise ValueError(f"{path} is no usable corpus ({error}): build it again elsewhere") from error
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         self._map = mel.base  # the mmap object; its size() is the current size of the file
         self.mel = torch.from_numpy(mel).view(-1, N_MELS)
@@ -430,7 +434,7 @@ class Corpus:
         return len(self.first)
 
     def to(self, device):
-        """Load the whole corpus into the memory of `device`. Returns the corpus itself."""
+        """Load `mel`, `first` and `frames` into the memory of `device`. Returns the corpus itself."""
         self.mel, self._map = self.mel.to(device, copy=True), None
         self.first, self.frames = self.first.to(device), self.frames.to(device)
         return self
@@ -439,19 +443,19 @@ class Corpus:
         """Two independent random segments of each clip in `clip_ids` (B,): (2, B, 128, 96) float16.
 
         Processes that share a batch pass the same ids and generator and a `part` each: random numbers are
-        drawn for the whole batch, and only the pairs of that slice are read.
+        drawn for the whole batch, only the pairs of that slice are read. ValueError for a truncated file.
         """
         if self._map is not None and self._map.size() < self.mel.nbytes:  # reading it would be a bus error
-            raise ValueError(f"{self.path / 'mel.f16'} was truncated: delete {self.path} and build it again")
+            raise ValueError(f"{self.path / 'mel.f16'} was truncated: build the corpus again elsewhere")
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
-        source = generator.device if generator else "cpu"
-        uniform = torch.rand(2, len(clip_ids), generator=generator, dtype=torch.float64, device=source)
+        draw_on = generator.device if generator else "cpu"
+        uniform = torch.rand(2, len(clip_ids), generator=generator, dtype=torch.float64, device=draw_on)
         choices = self.frames[clip_ids] - FRAMES + 1  # number of possible starts
         starts = self.first[clip_ids] + (uniform.to(device) * choices).long()  # (2, B)
         rows = starts[:, part, None] + torch.arange(FRAMES, device=device)  # (2, B, 96)
-        frames = self.mel.index_select(0, rows.flatten())  # one gather of whole rows, 256 bytes each
-        return frames.view(*rows.shape, N_MELS).transpose(2, 3)
+        mel = self.mel.index_select(0, rows.flatten())  # one gather of whole rows, 256 bytes each
+        return mel.view(*rows.shape, N_MELS).transpose(2, 3)
 
 
 # --- The embedded music: pieces of ten seconds, composed at random, played and labelled --------------------
@@ -489,7 +493,7 @@ STYLES = {
 
 
 def _draw_piece(rng):
-    """What is drawn for a clip before its notes. The key and the loudness do not depend on the style."""
+    """Draw the properties of a piece. Its key and its loudness do not depend on its style."""
     style = rng.integers(len(STYLES))
     slowest, fastest, instruments, chords, bass, drums = list(STYLES.values())[style]
     return SimpleNamespace(
@@ -515,7 +519,7 @@ def _onsets(rhythm):
 
 
 def _compose(piece, rng):
-    """The notes of a piece: (start in sixteenths, length in sixteenths, MIDI pitch, instrument, level)."""
+    """The notes of a piece: (start and length in sixteenths, MIDI pitch or None, instrument, level)."""
     scale, bar, notes = MINOR if piece.minor else MAJOR, len(piece.chords), []
     progression = np.roll(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], rng.integers(4))
     walk = int(rng.integers(7))  # the melody's degree of the scale
@@ -523,7 +527,7 @@ def _compose(piece, rng):
         # Octaves and instruments change within a clip. Otherwise timbre alone is enough to recognise a clip,
         # and the model does not learn the key.
         if begin == 0 or rng.random() < 0.5:
-            bass_low, chord_low, melody_low = rng.integers((24, 40, 48), (48, 72, 84))  # of an octave
+            bass_low, chord_low, melody_low = rng.integers((24, 40, 48), (48, 72, 84))  # lowest pitches
             chord_player, melody_player = rng.choice(piece.instruments, 2)
         degree = progression[begin // bar % 4]
         chord = [piece.tonic + scale[(degree + third) % 7] for third in (0, 2, 4)]
@@ -550,14 +554,15 @@ def _tone(frequency, samples, instrument, tilt):
     amplitudes, attack, decay = INSTRUMENTS[instrument]
     amplitudes = (amplitudes * HARMONIC[: len(amplitudes)] ** tilt)[: int(7800 / frequency)]
     period = (amplitudes / np.linalg.norm(amplitudes) @ SINES[: len(amplitudes)]).astype(np.float32)
-    phase = np.arange(samples, dtype=np.uint32) * np.uint32(frequency / SAMPLE_RATE * 2**32)  # modulo 2**32
+    # A period is 2**32, after which the integers start again; their top 11 bits are a place in `period`.
+    phase = np.arange(samples, dtype=np.uint32) * np.uint32(frequency / SAMPLE_RATE * 2**32)
     t = np.arange(samples, dtype=np.float32) / SAMPLE_RATE
     envelope = np.minimum(1, t / np.float32(attack)) * np.exp(t / -decay)
     return period[phase >> 21] * np.minimum(envelope, t[::-1] / np.float32(0.02))
 
 
 def _play(piece, notes, rng):
-    """The sound of the notes, (160000,) float32, from within the first bar on, and the instruments in it."""
+    """The notes as a wave (160000,) that starts within the first bar, and the set of instruments in it."""
     t = np.arange(4000, dtype=np.float32) / SAMPLE_RATE
     drums = {  # one stroke each: a falling sine (kick), noise (snare), differences of noise (hat)
         "k": 3 * np.sin(2 * np.pi * (50 * t - 3 * np.exp(-t * 30))) * np.exp(-t * 14),
@@ -585,13 +590,13 @@ def _play(piece, notes, rng):
 
 def _label(piece, heard, rng):
     """The key, the style, the tags and the mood (arousal, valence) of a piece."""
-    drums, wind = piece.drums != "", "flute" in heard or "brass" in heard
+    drums, wind = piece.drums != "", bool({"flute", "brass"} & heard)
     tags = [drums, piece.bass != "", piece.melody, piece.minor, piece.tempo > 120, piece.tempo < 80]
     tags += [piece.tilt > 0.1, piece.tilt < -0.2, wind, piece.hiss > -35]  # in the order of TAGS
     fast, bright, loud = (piece.tempo - 100) / 30, (piece.tilt + 0.05) / 0.145, (piece.loudness + 27) / 5.2
     arousal = 0.4 * fast + 0.1 * bright + 0.25 * loud + drums - 0.5
     valence = 0.3 * fast + 0.1 * bright + 0.7 * wind - 0.7 * piece.minor
-    mood = np.tanh([arousal, valence] + rng.normal(0, 0.25, 2))
+    mood = np.tanh(np.array([arousal, valence]) + rng.normal(0, 0.25, 2))
     return piece.tonic + 12 * piece.minor, piece.style, tags, mood
 
 
@@ -617,7 +622,7 @@ def synthesize(n, seed, first=0):
 
 
 def report(corpus):
-    """Print what a corpus contains and what was skipped."""
+    """Print what a corpus contains, what was skipped, and the first ten unreadable places."""
     hours = int((corpus.frames - 1).sum()) * HOP / SAMPLE_RATE / 3600
     print(f"{corpus.path}: {len(corpus):,} clips, {hours:.2f} h, from {len(corpus.files):,} files")
     skipped = [f"{n:,} {kind}" for kind, n in corpus.totals.items() if kind not in ("clips", "frames")]
@@ -646,7 +651,7 @@ def main():
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues.", file=sys.stderr, flush=True)
-        os._exit(130)  # without waiting for anything
+        os._exit(130)  # without waiting for the workers
     report(corpus)
     print(f"next: python train.py --data {corpus.path} --batch {min(256, len(corpus))}")
 
