@@ -3,7 +3,10 @@
 import copy
 import json
 import math
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -716,3 +719,20 @@ def test_an_adapted_checkpoint_is_not_adapted_twice(labelled, command, capfd):
     with pytest.raises(SystemExit):
         command("--checkpoint", "prefix.pt", "--adapt", "lora")
     assert "this model has been adapted before, with prefix" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_interrupted_or_killed_it_leaves_no_half_result(labelled, number):
+    said, before = labelled / "said.txt", sorted((labelled / "runs").rglob("*"))
+    arguments = "--task labels.csv --adapt head --steps 1000000 --workers 1".split()
+    with open(said, "w") as output:
+        command = [sys.executable, Path(probe.__file__), *arguments]
+        process = subprocess.Popen(command, cwd=labelled, stdout=output, stderr=output)
+    limit = time.monotonic() + 120
+    while "adapting" not in said.read_text():
+        assert process.poll() is None and time.monotonic() < limit, said.read_text()
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(timeout=30) == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in said.read_text() and sorted((labelled / "runs").rglob("*")) == before
+    assert ("interrupted" in said.read_text()) == (number == signal.SIGINT)
