@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -33,13 +34,23 @@ def test_there_is_one_for_each_stage():
     assert NAMES[:5] == ["01_data", "02_model", "03_train", "04_probe", "05_noise"]
 
 
-@every_notebook
-def test_a_notebook_runs_from_top_to_bottom(name, tmp_path):
-    book = read(name)
+def execute(name):
+    """The notebook with new outputs. Raises CellExecutionError, with the cell and its traceback."""
     resources = {"metadata": {"path": str(FOLDER)}}
-    client = NotebookClient(book, timeout=300, kernel_name="python3", resources=resources)
-    client.execute()  # raises CellExecutionError, with the cell and its traceback
-    nbformat.write(book, tmp_path / f"{name}.ipynb")
+    return NotebookClient(read(name), timeout=300, kernel_name="python3", resources=resources).execute()
+
+
+@pytest.fixture(scope="module")
+def executed(request):
+    """{name: future of the executed notebook}. Two run at a time, each with the one thread of conftest.py."""
+    chosen = {item.callspec.params["name"] for item in request.session.items if "executed" in item.fixturenames}
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(execute, name) for name in sorted(chosen, reverse=True)}  # the longest first
+
+
+@every_notebook
+def test_a_notebook_runs_from_top_to_bottom(name, executed):
+    book = executed[name].result()
     assert all(cell.execution_count for cell in book.cells if cell.cell_type == "code")
 
 
