@@ -153,10 +153,9 @@ DB = "power (dB re. maximum)"  # the label of a colour bar
 
 
 def link(thing):
-    """Markdown link from a notebook to the file and line where a function or class of a stage file is."""
-    thing = inspect.unwrap(thing)
-    file, line = Path(inspect.getsourcefile(thing)).name, inspect.getsourcelines(thing)[1]
-    return f"[{file}: {thing.__qualname__}](../{file}#L{line})"
+    """Markdown link from a notebook to the stage file with a function or class (not to a line: they move)."""
+    file = Path(inspect.getsourcefile(inspect.unwrap(thing))).name
+    return f"[{file}: {inspect.unwrap(thing).__qualname__}](../{file})"
 
 
 def show(thing, first=None, last=None):
