@@ -115,7 +115,7 @@ def _cell(row, draws):
     low, high = row["interval"]
     cell = f"{100 * row['score']:5.1f}"
     if draws > 1 and row["snr"] is not None:
-        cell += f" ±{100 * torch.tensor(row['draws']).std(correction=0):.1f}"
+        cell += f" ±{100 * torch.tensor(row['draws']).std():.1f}"
     cell += f" ({100 * low:.0f} to {100 * high:.0f})"
     if row["snr"] is not None:
         cell += f" {0 - round(100 * row['drop'], 1):+.1f}"  # not -0.0

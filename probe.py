@@ -1283,7 +1283,7 @@ def few_labels(task, labels, fractions, train, repeat=4, seed=0):
 
     `train(task, seed)` returns a pair, first the results, for a task in which the training clips outside a
     subset belong to no split. Validation and test splits are whole. "clips" and "scores" have a number for
-    each draw.
+    each draw, "std" is their sample standard deviation (one draw: None).
     """
     table = []
     for fraction, draws in label_subsets(task, labels, fractions, repeat, seed).items():
@@ -1296,7 +1296,8 @@ def few_labels(task, labels, fractions, train, repeat=4, seed=0):
             results, _ = train(replace(task, clips=clips), seed + draw)
             scores.append(results["score"])
         row = {"fraction": fraction, "clips": [len(chosen) for chosen in draws], "scores": scores}
-        table.append(row | {"mean": float(np.mean(scores)), "std": float(np.std(scores))})
+        std = float(np.std(scores, ddof=1)) if repeat > 1 else None
+        table.append(row | {"mean": float(np.mean(scores)), "std": std})
     return table
 
 
@@ -1445,8 +1446,8 @@ def print_few_labels(results):
     print("  labels   clips     mean     std   draws")
     for row in results["labels"]:
         draws = " ".join(f"{score:.1%}" for score in row["scores"])
-        clips, mean, std = np.mean(row["clips"]), row["mean"], row["std"]
-        print(f"  {row['fraction']:6.1%} {clips:7.0f} {mean:8.1%} {std:7.1%}   {draws}")
+        std = "–" if row["std"] is None else f"{row['std']:.1%}"
+        print(f"  {row['fraction']:6.1%} {np.mean(row['clips']):7.0f} {row['mean']:8.1%} {std:>7}   {draws}")
 
 
 def command_line():

@@ -569,7 +569,7 @@ def test_few_labels_trains_on_each_subset_and_nothing_else_changes():
     assert calls == expected
     assert [row["fraction"] for row in table] == [0.3, 1]
     assert table[0]["scores"] == pytest.approx([0.1, 0.2, 0.3]) and table[1]["mean"] == pytest.approx(0.5)
-    assert table[0]["std"] == pytest.approx(math.sqrt((0.01 + 0 + 0.01) / 3))
+    assert table[0]["std"] == pytest.approx(math.sqrt((0.01 + 0 + 0.01) / 2))
     assert table[0]["clips"] == [len(chosen) for chosen in subsets[0.3]] and table[1]["clips"] == [24] * 3
     for row in table:
         json.dumps(row)
