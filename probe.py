@@ -1457,7 +1457,7 @@ def command_line():
     option("--check", action="store_true", help="read labels and files, count them, and stop")
     option("--size", choices=list(SIZES), help="of --checkpoint random (default: the newest checkpoint's)")
     option("--features", choices=list(HAND_MADE), help="a hand-made feature instead of an encoder")
-    option("--per-segment", action="store_true", help="probe segments, as the authors do; --embed: a row each")
+    option("--per-segment", action="store_true", help="probe segments as the authors do; --embed: a row each")
     grid_help = "216 probes, or 24 with less patience (default: full; for synth-* quick)"
     option("--grid", choices=["full", "quick"], help=grid_help)
     methods = ", ".join(ADAPTATIONS)
