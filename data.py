@@ -111,7 +111,7 @@ def load_audio(path, offset=0.0, duration=None):
     """Read a sound file, or only `duration` seconds of it from `offset` seconds on.
 
     Reads what libsndfile reads: WAV, FLAC, OGG, MP3, AIFF, AU, ... Returns (samples,) float32, mono, 16 kHz.
-    Raises ValueError, naming file and cause: an impossible part, no sound there, damaged, or not finite.
+    Raises ValueError, naming file and cause, for a damaged file, a part without sound, or values not finite.
     """
     if not (0 <= offset < math.inf and (duration is None or duration > 0)):
         raise ValueError(f"{path}: the offset must be at least 0 s, not {offset}, and the duration above 0")
@@ -196,7 +196,7 @@ def _work(function, connection):
     """What a worker process does: answer each job with (result, exception), one of which is None."""
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nothing to stderr: libmpg123 does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # silence: libmpg123 writes to stderr
     while True:
         try:
             answer = (function(*connection.recv()), None)
@@ -245,7 +245,7 @@ def in_workers(function, jobs, workers=None, file_of=lambda first, *_: getattr(f
     try:
         for job in jobs:
             waiting.append(threads.submit(run, job))
-            if len(waiting) == 4 * len(processes):  # so far ahead
+            if len(waiting) == 4 * len(processes):  # so many are computed ahead
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -446,7 +446,7 @@ class Corpus:
         drawn for the whole batch, only the pairs of that slice are read. ValueError for a truncated file.
         """
         if self._map is not None and self._map.size() < self.mel.nbytes:  # reading it would be a bus error
-            raise ValueError(f"{self.path / 'mel.f16'} was truncated: build the corpus again elsewhere")
+            raise ValueError(f"{self.path / 'mel.f16'} was truncated: build it again in another folder")
         device = self.mel.device
         clip_ids = torch.as_tensor(clip_ids).to(device)
         draw_on = generator.device if generator else "cpu"
@@ -527,7 +527,7 @@ def _compose(piece, rng):
         # Octaves and instruments change within a clip. Otherwise timbre alone is enough to recognise a clip,
         # and the model does not learn the key.
         if begin == 0 or rng.random() < 0.5:
-            bass_low, chord_low, melody_low = rng.integers((24, 40, 48), (48, 72, 84))  # lowest pitches
+            bass_low, chord_low, melody_low = rng.integers((24, 40, 48), (48, 72, 84))  # lowest MIDI pitches
             chord_player, melody_player = rng.choice(piece.instruments, 2)
         degree = progression[begin // bar % 4]
         chord = [piece.tonic + scale[(degree + third) % 7] for third in (0, 2, 4)]
