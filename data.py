@@ -518,15 +518,14 @@ def _onsets(rhythm):
     return [(onset.start(), len(onset[0])) for onset in re.finditer("x[^x]*", rhythm)]
 
 
-def _compose(piece, rng):
+def _compose(piece, rng, change):
     """The notes of a piece: (start and length in sixteenths, MIDI pitch or None, instrument, level)."""
     scale, bar, notes = MINOR if piece.minor else MAJOR, len(piece.chords), []
     progression = np.roll(PROGRESSIONS[rng.integers(len(PROGRESSIONS))], rng.integers(4))
     walk = int(rng.integers(7))  # the melody's degree of the scale
     for begin in range(0, int(10 * piece.tempo / 15) + 2 * bar, bar):
-        # Octaves and instruments change within a clip. Otherwise timbre alone is enough to recognise a clip,
-        # and the model does not learn the key.
-        if begin == 0 or rng.random() < 0.5:
+        # Where nothing changes within a clip, its timbre alone identifies it, and the key is not learned.
+        if begin == 0 or rng.random() < change:
             bass_low, chord_low, melody_low = rng.integers((24, 40, 48), (48, 72, 84))  # lowest MIDI pitches
             chord_player, melody_player = rng.choice(piece.instruments, 2)
         degree = progression[begin // bar % 4]
@@ -600,17 +599,18 @@ def _label(piece, heard, rng):
     return piece.tonic + 12 * piece.minor, piece.style, tags, mood
 
 
-def synthesize(n, seed, first=0):
+def synthesize(n, seed, first=0, change=0.5):
     """Synthesize clips `first` to `first + n - 1` of the embedded music. Clip i depends on (seed, i) only.
 
     Returns waves (n, 160000) float32 at 16 kHz, and labels: `key` (n,) long, index in KEYS; `style` (n,)
     long, index in STYLES; `tags` (n, 10) float of 0 and 1; `mood` (n, 2) float, arousal and valence, -1 to 1.
+    `change` is the probability with which instruments and octaves change from one bar to the next.
     """
     waves, labels = [], []
     for number in range(first, first + n):
         rng = np.random.default_rng([seed, number])
         piece = _draw_piece(rng)
-        wave, heard = _play(piece, _compose(piece, rng), rng)
+        wave, heard = _play(piece, _compose(piece, rng, change), rng)
         waves.append(wave)
         labels.append(_label(piece, heard, rng))
     key, style, tags, mood = (torch.tensor(np.array(column)) for column in zip(*labels))

@@ -688,6 +688,25 @@ def test_clip_i_depends_on_seed_and_i_alone(embedded):
     assert not torch.equal(data.synthesize(1, seed=6)[0], waves[:1])
 
 
+def test_instruments_and_octaves_change_only_where_they_should():
+    """Of 40 pieces: the octave of the bass and the instruments of all notes, from one bar to the next."""
+    changing = 0
+    for number in range(40):
+        for change in (0, 0.5):
+            rng = np.random.default_rng([5, number])
+            piece = data._draw_piece(rng)
+            notes = data._compose(piece, rng, change)
+            bass = {pitch for _, _, pitch, instrument, _ in notes if instrument == "bass"}
+            players = {(level, instrument) for _, _, pitch, instrument, level in notes if pitch is not None}
+            stays = not bass or max(bass) - min(bass) < 12
+            stays &= len(players) == len({level for level, _ in players})  # the level tells the part
+            if change == 0:
+                assert stays, number
+            else:
+                changing += not stays
+    assert changing > 30
+
+
 def test_labels_and_levels(embedded):
     waves, labels = embedded
     assert waves.shape == (120, 160_000) and waves.dtype == torch.float32 and waves.isfinite().all()
