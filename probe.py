@@ -666,27 +666,43 @@ def embed_task(task, encoder, corrupt=None, device="cpu", workers=None, title="e
     functions = list(dict.fromkeys(front_end.values()))  # several models share the mel segments
     labels, skipped = [], []
     features = {name: Features({}, [], labels, skipped) for name in encoders}
-    for number, arrays in _describe_task(task, functions, labels, skipped, corrupt, workers, title):
+    described = _describe_task(task, functions, labels, skipped, corrupt, workers, title)
+    for clips in _batches(described):
         for name, one in encoders.items():
-            x = arrays[functions.index(front_end[name])]  # (V, n, ...)
-            for part, vectors in _encode(one, x.flatten(0, 1), device).items():
-                vectors = vectors.unflatten(0, x.shape[:2])  # (V, n, F)
-                rows = vectors.mean(dim=1)[None] if corrupt else vectors[0]
-                features[name].rows.setdefault(part, []).append(rows)
-            features[name].clip_index += [number] * (1 if corrupt else x.shape[1])
+            inputs = [arrays[functions.index(front_end[name])] for _, arrays in clips]  # (V, n, ...) each
+            for part, vectors in _encode(one, inputs, device).items():  # (V, n, F) of each clip
+                rows = [x.mean(dim=1)[None] if corrupt else x[0] for x in vectors]
+                features[name].rows.setdefault(part, []).extend(rows)
+            for (number, _), x in zip(clips, inputs):
+                features[name].clip_index += [number] * (1 if corrupt else x.shape[1])
     for found in features.values():
         found.rows = {part: torch.cat(rows) for part, rows in found.rows.items()}
         found.clip_index = torch.tensor(found.clip_index)
     return features
 
 
-def _encode(encoder, x, device):
-    """What an encoder makes of what its front end returned: {patch shape or name: (rows, F)} on the CPU."""
+def _batches(described, least=64):
+    """Lists of described clips with `least` segments together: small batches gain nothing from two cores."""
+    clips, segments = [], 0
+    for number, arrays in described:
+        clips.append((number, arrays))
+        segments += max(len(array.flatten(0, 1)) for array in arrays)
+        if segments >= least:
+            yield clips
+            clips, segments = [], 0
+    if clips:
+        yield clips
+
+
+def _encode(encoder, inputs, device):
+    """What an encoder makes of several clips (V, n, ...): {patch shape or name: a list of (V, n, F)}."""
     if not isinstance(encoder, Myna):
-        return {getattr(encoder, "__name__", "function"): x}
-    encoded = {}
+        return {getattr(encoder, "__name__", "function"): inputs}
+    x, encoded = torch.cat([clip.flatten(0, 1) for clip in inputs]), {}
     for patch in encoder.to(device).patches:
-        encoded[patch] = torch.cat([encoder.embed(part.to(device), patch).cpu() for part in x.split(256)])
+        vectors = torch.cat([encoder.embed(part.to(device), patch).cpu() for part in x.split(256)])
+        vectors = vectors.split([len(clip.flatten(0, 1)) for clip in inputs])
+        encoded[patch] = [v.unflatten(0, clip.shape[:2]) for v, clip in zip(vectors, inputs)]
     return encoded
 
 
