@@ -34,6 +34,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "
 SKY, BLACK, GREY, PALE = "#56B4E9", "#000000", "#888888", "#E6E6E6"
 COLOUR = {"square": RED, "vertical": BLUE, "hybrid": PURPLE}  # of the patch shapes, in every notebook
 WIDE, HALF = (10, 4), (7.5, 4)  # inches: a figure as wide as a slide, and one with a single plot
+# No figure is wider than 10 inches: shrunk to the width of a slide, its text would be below 10 points.
 
 plt.rcParams.update({
     "figure.dpi": 100,
@@ -146,6 +147,27 @@ def draw_mel(
 
 
 DB = "power (dB re. maximum)"  # the label of a colour bar
+
+
+def draw_band(ax, x, middle, low, high, colour, label=None, line="o-"):
+    """A line through `middle`, and a band from `low` to `high`: a range of seeds, or a 95% interval."""
+    ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    ax.plot(x, middle, line, color=colour, label=label)
+
+
+def draw_bars(ax, names, middle, low, high, colours, label=None, shift=0.0, width=0.7):
+    """A bar for each name, with an interval from `low` to `high`; `shift` puts several rows side by side."""
+    places = np.arange(len(names)) + shift
+    middle, low, high = (np.asarray(values, dtype=np.float64) for values in (middle, low, high))
+    arms = np.maximum(0, [middle - low, high - middle])
+    ax.bar(places, middle, width, color=colours, label=label)
+    ax.errorbar(places, middle, arms, fmt="none", color=BLACK, capsize=4, linewidth=1.5)
+    ax.set_xticks(range(len(names)), names)
+
+
+def legend_below(ax, columns=4):
+    """One legend below the whole figure, with the labels of one plot."""
+    ax.figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 # -----------------------------------------------------------------------------------------------------------
 # The code of the stage files
