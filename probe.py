@@ -1184,14 +1184,15 @@ def adapt_task(
     """Adapt a copy of a model to a task. Returns the results as a plain dict, and the trained Classifier.
 
     `features` is what `load_mel` returns; `method` and `size` (rank, width or number of tokens) are those of
-    `adapt` in model.py. The weights
-    with the best score on the validation split, and no others, are scored on the test split. The output for
-    a clip is the mean over its segments. `lr` is 1e-4 if not given, 1e-5 for "full".
+    `adapt` in model.py. The weights with the best score on the validation split, and no others, are scored on
+    the test split. The output for a clip is the mean over its segments. If `lr` is None it is 1e-4, 1e-5 for
+    "full" (the paper's), and for a tiny model, for which these are too small, 1e-3.
     """
     torch.manual_seed(seed)  # of new weights and of dropout
     network = Classifier(copy.deepcopy(model), len(task.names), bf16).to(device)
     trained = adapt(network.encoder, method, size)
-    lr = lr or (1e-5 if method == "full" else 1e-4)
+    usual = 1e-5 if method == "full" else 1e-4
+    lr = lr or (1e-3 if model.config.size == "tiny" else usual)
     started = time.monotonic()
     log = fit_classifier(task, features, network, lr, steps or ADAPT_STEPS, seed)
     seconds = time.monotonic() - started
@@ -1478,7 +1479,7 @@ def command_line():
     option("--grid", choices=["full", "quick"], help=grid_help)
     methods = ", ".join(ADAPTATIONS)
     option("--adapt", choices=list(ADAPTATIONS), metavar="METHOD", help=f"train the encoder, too: {methods}")
-    option("--lr", type=float, help="of --adapt (default: 1e-4; full 1e-5)")
+    option("--lr", type=float, help="of --adapt (default: 1e-4, full 1e-5; for a tiny model 1e-3)")
     option("--steps", type=int, help=f"of --adapt, at most (default: {ADAPT_STEPS})")
     option("--rank", type=int, help="of lora (2), width of adapter (16), tokens of prefix, prompt (32)")
     option("--precision", choices=["bf16", "float32"], help="of --adapt (default: bf16 on a GPU)")

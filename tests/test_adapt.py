@@ -480,7 +480,7 @@ def test_the_rate_falls_on_a_cosine_and_gradients_are_cut(monkeypatch):
     assert max(norms) == pytest.approx(1, rel=1e-4)
 
 
-def test_the_default_rates_are_the_papers(monkeypatch):
+def test_the_default_rates_are_the_papers_and_larger_for_a_tiny_model(monkeypatch):
     task, features = made_up()
     asked = []
 
@@ -489,9 +489,11 @@ def test_the_default_rates_are_the_papers(monkeypatch):
         return [[1, 0.0, 0.0]]
 
     monkeypatch.setattr(probe, "fit_classifier", stopped)
-    for method in ADAPTATIONS:
-        adapt_task(task, features, small(), method)
-    assert asked == [(1e-5 if method == "full" else 1e-4, probe.ADAPT_STEPS) for method in ADAPTATIONS]
+    for size in ("vit-s", "tiny"):
+        for method in ADAPTATIONS:
+            adapt_task(task, features, Myna(Config(size, "vertical")), method)
+    rates = [1e-5 if method == "full" else 1e-4 for method in ADAPTATIONS] + 8 * [1e-3]
+    assert asked == [(rate, probe.ADAPT_STEPS) for rate in rates]
 
 
 def test_the_seed_decides():
@@ -661,7 +663,7 @@ def test_random_weights_can_be_trained_from_nothing(labelled, command):
     said = command("--checkpoint", "random", "--adapt", "full", "--steps", 2, "--precision", "bf16")
     assert "runs/baselines/adapted_labels_full_random-tiny-hybrid_steps-2_precision-bf16.json" in said
     results = json.loads((labelled / said.split()[-1]).read_text())
-    assert results["trained"] == results["encoder"] and results["lr"] == 1e-5
+    assert results["trained"] == results["encoder"] and results["lr"] == 1e-3
     assert load_model((labelled / said.split()[-1]).with_suffix(".pt")).adaptation is None
 
 
